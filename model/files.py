@@ -1,0 +1,61 @@
+"""Files that must survive a power cut, their hashes, and the one home folder.
+
+Everything that persists is written under a temporary name in the same folder, flushed to the disk and renamed, so a
+reader sees the old file or the new one, never half of one. Does not cover the case database: SQLite does that itself.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+_CHUNK = 1 << 20  # bytes read at a time when hashing: large enough to be fast, small enough for a tiny machine
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a crash leaves either the old content or all of the new.
+
+    The folder must exist. An existing file keeps its permission bits; a new one is readable by its owner only, since
+    most of what is written here belongs to a clinic. Raises OSError, with no temporary file left, when the disk refuses.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fchmod(out.fileno(), mode)
+            os.fsync(out.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in lower-case hexadecimal, read in chunks. Raises OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as source:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def home() -> Path:
+    """The folder of this clinic: $AFYA_HOME, or ~/.afya. Created on first use, for its owner only (0700)."""
+    folder = Path(os.environ.get("AFYA_HOME") or Path.home() / ".afya").expanduser()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
