@@ -31,9 +31,9 @@ class Preset:
 
 PRESETS: tuple[Preset, ...] = (
     Preset("reference", "trained here on open data, comes with Afya; not for clinical use", None, None, "afya", True),
-    Preset("tinyllava-1.5b", "TinyLLaVA 1.5B: TinyLlama decoder, SigLIP-so400m tower", 384, 729, "v1", False),
+    Preset("tinyllava-1.5b", "TinyLLaVA 1.5B: TinyLlama, SigLIP-so400m tower", 384, 729, "v1", False),
     Preset("tinyllava-med-f", "TinyLLaVA-Med-F: TinyLLaVA 1.5B tuned on biomedical data", 384, 729, "v1", False),
-    Preset("llava-med-v1.5", "LLaVA-Med v1.5: Mistral 7B decoder, CLIP ViT-L tower", 336, 576, "mistral_instruct", False),
+    Preset("llava-med-v1.5", "LLaVA-Med v1.5: Mistral 7B, CLIP ViT-L tower", 336, 576, "mistral_instruct", False),
 )
 
 
@@ -41,6 +41,6 @@ def reference_path() -> Path:
     """Folder of the reference model. Raises PresetMissing with one plain sentence when its weights are not there."""
     if not (_REFERENCE / "config.json").is_file():
         raise PresetMissing(
-            f"The reference model is not in {_REFERENCE}; clone the repository again, or name a model folder with --model."
+            f"The reference model is not in {_REFERENCE}; clone the repository again or pass --model FOLDER."
         )
     return _REFERENCE

@@ -37,7 +37,7 @@ def shared() -> Path:
     """Folder of the open data (SLAKE, VQA-RAD, DICOM): $AFYA_SHARED, else `shared` beside the repository."""
     folder = Path(os.environ.get("AFYA_SHARED") or REPOSITORY.parent / "shared")
     if not (folder / "data").is_dir():
-        pytest.skip("the open data is not on this machine: set AFYA_SHARED to the folder that holds data/ (README, Data)")
+        pytest.skip("the open data is not here: set AFYA_SHARED to the folder that holds data/ (README, Data)")
     return folder
 
 
