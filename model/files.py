@@ -17,7 +17,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a crash leaves either the old content or all of the new.
 
     The folder must exist. An existing file keeps its permission bits; a new one is readable by its owner only, since
-    most of what is written here belongs to a clinic. When the disk refuses, raises OSError and leaves no temporary file.
+    most of what is written here belongs to a clinic. If the disk refuses, raises OSError and leaves no temporary file.
     """
     path = Path(path)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
