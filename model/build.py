@@ -42,7 +42,7 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
 
     marks = ["<unk>", "<pad>", AFYA.bos, AFYA.end, AFYA.image, AFYA.user, AFYA.assistant]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=True)])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -63,12 +63,15 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> Any:
     )
 
 
-def build(config: ModelConfig, corpus: Iterable[str], seed: int) -> tuple[Any, Any]:
-    """Random-weight (LlavaForConditionalGeneration, LlavaProcessor); the same seed gives the same weights."""
+def build(config: ModelConfig, corpus: Iterable[str], seed: int, tokenizer: Any = None) -> tuple[Any, Any]:
+    """Random-weight (LlavaForConditionalGeneration, LlavaProcessor); the same seed gives the same weights.
+
+    A `tokenizer` that is given is used instead of one trained on `corpus`.
+    """
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    tokenizer = train_tokenizer(corpus, config.vocabulary)
+    tokenizer = tokenizer or train_tokenizer(corpus, config.vocabulary)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(_llava_config(config, tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -48,7 +48,8 @@ def encode(
     last answer, or None for a prompt to generate from. Only the tokens of the last answer and its end marker carry a
     label; all other labels are `IGNORE`. `image_tokens` is the number of patch positions of the picture.
     """
-    mark = {name: tokenizer.convert_tokens_to_ids(getattr(template, name)) for name in ("bos", "image", "user", "assistant", "end")}
+    names = ("bos", "image", "user", "assistant", "end")
+    mark = {name: tokenizer.convert_tokens_to_ids(getattr(template, name)) for name in names}
     ids = [mark["bos"]] + [mark["image"]] * image_tokens
     for question, reply in turns[:-1]:
         ids += [mark["user"], *_plain(tokenizer, question), mark["assistant"], *_plain(tokenizer, reply), mark["end"]]

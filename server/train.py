@@ -1,0 +1,223 @@
+"""Central training of a small model from random weights with DeepSpeed, on one GPU or on CPU processes.
+
+Run through `afya-server train`. Resumes exactly: data order and augmentation depend on seed, epoch and step alone.
+Not here: the three stages of the published checkpoints, ZeRO-3, several hosts.
+"""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from model import build
+from model.data import Sample, read
+from server import outputs
+from server.augment import augment
+from server.ema import Ema
+from server.objective import Objective, add_drop_path, exact_answers, soft_answers
+from server.recipe import Recipe
+from server.train_data import Bank, build_bank, epoch_batches, gather, normalise
+
+
+@dataclass
+class Run:
+    """Everything one process needs while it trains."""
+
+    recipe: Recipe
+    out: Path
+    device: Any
+    rank: int
+    world: int
+    engine: Any
+    model: Any
+    processor: Any
+    bank: Bank
+    held_out: Bank | None
+    ema: Ema
+    teachers: list[Any]
+    step: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch."""
+        return len(self.bank.samples) // self.recipe.optim.batch
+
+
+def train(recipe: Recipe, data: Path, out: Path, *, resume: bool = False, teachers: tuple[Path, ...] = ()) -> Path:
+    """Train and write `out/model` (weights, processor, configuration); returns that folder."""
+    run = _start(recipe, data, out, teachers)
+    first = _resume(run) if resume else 0
+    if run.rank == 0 and not first:
+        outputs.begin(out, recipe, run.bank.samples, run.model)
+    total = recipe.optim.epochs * run.steps_per_epoch
+    bar = tqdm(total=total, initial=run.step, desc="train", unit="step", disable=run.rank != 0, mininterval=1.0)
+    for epoch in range(first, recipe.optim.epochs):
+        _epoch(run, epoch, bar)
+        last = epoch + 1 == recipe.optim.epochs
+        every = recipe.optim.validate_epochs
+        if run.held_out and (last or (every and (epoch + 1) % every == 0)):
+            _validate(run, epoch)
+        if not last and (epoch + 1) % recipe.optim.checkpoint_epochs == 0:
+            _checkpoint(run, epoch + 1)
+    bar.close()
+    return _finish(run)
+
+
+def _start(recipe: Recipe, data: Path, out: Path, teachers: tuple[Path, ...]) -> Run:
+    import deepspeed
+
+    device, rank, world = _processes()
+    samples = gather(recipe.data, data)
+    if len(samples) < recipe.optim.batch:  # a tiny set still gives one batch an epoch
+        recipe = replace(recipe, optim=replace(recipe.optim, batch=max(world, len(samples) // world * world)))
+    model, processor = _model(recipe, samples, teachers)
+    bank = build_bank(samples, processor, model.config.image_seq_length, device)
+    held_out = None
+    if recipe.data.validate:
+        rows = read(data / recipe.data.validate, data / recipe.data.validate_images)
+        held_out = build_bank(rows, processor, model.config.image_seq_length, device)
+    add_drop_path(model, recipe.optim.drop_path)
+    objective = Objective(model, recipe.optim.label_smoothing, recipe.optim.distill, recipe.optim.temperature)
+    optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.optim.lr, betas=(0.9, recipe.optim.beta2))
+    steps = recipe.optim.epochs * (len(samples) // recipe.optim.batch)
+    engine, _, _, _ = deepspeed.initialize(
+        model=objective.to(device),
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, outputs.schedule(recipe, steps)),
+        config=outputs.deepspeed_config(recipe, world),
+    )
+    loaded = [_teacher(path, device) for path in teachers]
+    return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, Ema(model, recipe.optim.ema), loaded)
+
+
+def _processes() -> tuple[Any, int, int]:
+    """Join the process group; a single process needs no launcher."""
+    import deepspeed
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(outputs.free_port()))
+    gpu = torch.cuda.is_available()
+    local = int(os.environ["LOCAL_RANK"])
+    if gpu:
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    device = torch.device(f"cuda:{local}" if gpu else "cpu")
+    return device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _model(recipe: Recipe, samples: list[Sample], teachers: tuple[Path, ...]) -> tuple[Any, Any]:
+    """A new model; with teachers it takes their tokenizer, so that soft answers speak of the same tokens."""
+    corpus = [text for sample in samples for text in (sample.question, sample.answer)]
+    tokenizer = None
+    if teachers:
+        from transformers import AutoProcessor
+
+        tokenizer = AutoProcessor.from_pretrained(teachers[0]).tokenizer
+    model, processor = build.build(recipe.model, corpus, recipe.optim.seed, tokenizer)
+    return model, processor
+
+
+def _teacher(path: Path, device: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).to(device).eval()
+
+
+def _groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": decay, "weight_decay": recipe.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _autocast(run: Run) -> Any:
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.engine.precision == "bf16")
+
+
+def _epoch(run: Run, epoch: int, bar: Any) -> None:
+    recipe = run.recipe
+    run.engine.train()
+    losses: list[Any] = []
+    for rows in epoch_batches(len(run.bank.samples), recipe.optim.batch, recipe.optim.seed, epoch, run.rank, run.world):
+        batch = run.bank.batch(rows)
+        generator = torch.Generator(run.device).manual_seed((recipe.optim.seed * 1_000_003 + run.step) * 64 + run.rank)
+        torch.manual_seed((recipe.optim.seed * 1_000_003 + run.step) * 64 + run.rank)
+        pictures = normalise(augment(batch.pop("pictures"), recipe.augment, generator), run.processor)
+        with _autocast(run):
+            soft = soft_answers(run.teachers, pixel_values=pictures, temperature=recipe.optim.temperature, **batch) if run.teachers else None
+            loss = run.engine(pixel_values=pictures, soft=soft, **batch)
+        run.engine.backward(loss)
+        run.engine.step()
+        run.step += 1
+        run.ema.update(run.model, run.step)
+        losses.append(loss.detach())
+        bar.update(1)
+    mean = float(torch.stack(losses).mean())
+    bar.set_postfix(epoch=epoch + 1, loss=f"{mean:.3f}")
+    if run.rank == 0:
+        outputs.log(run.out, {"epoch": epoch + 1, "step": run.step, "loss": mean, "lr": run.engine.get_lr()[0]})
+
+
+@torch.no_grad()
+def _validate(run: Run, epoch: int) -> None:
+    """Strict exact match of the averaged weights on the held-out rows, by type; logged, never trained on."""
+    if run.rank or not run.held_out:
+        return
+    bank, right = run.held_out, []
+    run.model.eval()
+    with run.ema.applied(run.model), _autocast(run):
+        for start in range(0, len(bank.samples), 256):
+            batch = bank.batch(range(start, min(start + 256, len(bank.samples))))
+            pictures = normalise(batch.pop("pictures"), run.processor)
+            right.append(exact_answers(run.model, pixel_values=pictures, **batch))
+    flags = torch.cat(right).tolist()
+    scores = {"all": 100 * sum(flags) / len(flags)}
+    for kind in ("closed", "open"):
+        chosen = [flag for flag, sample in zip(flags, bank.samples, strict=True) if sample.answer_type == kind]
+        scores[kind] = 100 * sum(chosen) / max(len(chosen), 1)
+    outputs.log(run.out, {"epoch": epoch + 1, "step": run.step, "validate": scores})
+    tqdm.write(f"epoch {epoch + 1}: exact match " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
+
+
+def _checkpoint(run: Run, epoch: int) -> None:
+    """DeepSpeed's state and the average; `latest` is DeepSpeed's own pointer, written last."""
+    folder = run.out / "checkpoints"
+    tag = f"epoch-{epoch:04d}"
+    if run.rank == 0:
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+        run.ema.save(folder / tag / "ema.safetensors")
+    run.engine.save_checkpoint(str(folder), tag=tag, client_state={"epoch": epoch, "step": run.step})
+    if run.rank == 0:
+        outputs.prune(folder, keep=2)
+
+
+def _resume(run: Run) -> int:
+    """Load the last checkpoint; returns the number of finished epochs."""
+    folder = run.out / "checkpoints"
+    path, state = run.engine.load_checkpoint(str(folder)) if (folder / "latest").exists() else (None, None)
+    if path is None:
+        return 0
+    run.step = int(state["step"])
+    run.ema = Ema(run.model, run.recipe.optim.ema)
+    run.ema.load(Path(path).parent / "ema.safetensors" if Path(path).is_file() else Path(path) / "ema.safetensors")
+    if run.rank == 0:
+        outputs.drop_after(run.out, run.step)
+    return int(state["epoch"])
+
+
+def _finish(run: Run) -> Path:
+    folder = run.out / "model"
+    if run.rank == 0:
+        with run.ema.applied(run.model):
+            run.model.save_pretrained(folder, max_shard_size="15MB")
+        run.processor.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(run.recipe.as_dict(), indent=1) + "\n", encoding="utf-8")
+        outputs.plot(run.out)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return folder
