@@ -1,4 +1,4 @@
-"""Axial phantom slices: chest CT, abdomen CT and MRI, head CT and MRI. See `phantoms` for the way in.
+"""Axial phantom slices of the trunk: chest CT, abdomen CT and MRI (head: `phantom_head`). Way in: `phantoms`.
 
 As displayed in radiology: seen from the feet, front of the body up, the patient's left on the picture's right (x > 0),
 so the liver is on the picture's left. A scene draws its anatomy from `rng` alone: same seed, same body, with or
@@ -11,19 +11,58 @@ import math
 
 import numpy as np
 
-from model.phantom_plain import Finding, spots
+from model.phantom_findings import Finding, spots
 from model.phantom_shapes import Canvas, Mask, Points, blob, mirrored, smooth
 
 _TISSUES = {  # level of each tissue in each look
-    "CT": {"fat": 0.24, "muscle": 0.46, "bone": 0.95, "marrow": 0.72, "liver": 0.58, "spleen": 0.60, "kidney": 0.66,
-           "pelvis": 0.50, "vessel": 0.68, "bowel": 0.44, "air": 0.02, "fluid": 0.36, "cord": 0.45, "cyst": 0.27,
-           "mass": 0.80, "stone": 1.0},
-    "MRI": {"fat": 0.80, "muscle": 0.20, "bone": 0.06, "marrow": 0.48, "liver": 0.34, "spleen": 0.52, "kidney": 0.60,
-            "pelvis": 0.85, "vessel": 0.05, "bowel": 0.42, "air": 0.02, "fluid": 0.9, "cord": 0.92, "cyst": 1.0,
-            "mass": 0.62, "stone": 0.0},
+    "CT": {
+        "fat": 0.24,
+        "muscle": 0.46,
+        "bone": 0.95,
+        "marrow": 0.72,
+        "liver": 0.58,
+        "spleen": 0.60,
+        "kidney": 0.66,
+        "pelvis": 0.50,
+        "vessel": 0.68,
+        "bowel": 0.44,
+        "air": 0.02,
+        "fluid": 0.36,
+        "cord": 0.45,
+        "cyst": 0.27,
+        "mass": 0.80,
+        "stone": 1.0,
+    },
+    "MRI": {
+        "fat": 0.80,
+        "muscle": 0.20,
+        "bone": 0.06,
+        "marrow": 0.48,
+        "liver": 0.34,
+        "spleen": 0.52,
+        "kidney": 0.60,
+        "pelvis": 0.85,
+        "vessel": 0.05,
+        "bowel": 0.42,
+        "air": 0.02,
+        "fluid": 0.9,
+        "cord": 0.92,
+        "cyst": 1.0,
+        "mass": 0.62,
+        "stone": 0.0,
+    },
 }
-_LUNG = [(0.10, -0.40), (0.30, -0.46), (0.55, -0.36), (0.71, -0.05), (0.68, 0.26), (0.48, 0.46), (0.24, 0.46), (0.16, 0.22),
-         (0.14, 0.0)]
+_LUNG = [
+    (0.10, -0.40),
+    (0.30, -0.46),
+    (0.55, -0.36),
+    (0.71, -0.05),
+    (0.68, 0.26),
+    (0.48, 0.46),
+    (0.24, 0.46),
+    (0.16, 0.22),
+    (0.14, 0.0),
+]
 
 
 def _turned(points: Points, rng: np.random.Generator, amount: float = 0.03) -> list[tuple[float, float]]:
@@ -34,8 +73,14 @@ def _turned(points: Points, rng: np.random.Generator, amount: float = 0.03) -> l
 def _trunk(canvas: Canvas, rng: np.random.Generator, tissue: dict[str, float], wide: float, deep: float) -> Mask:
     """Skin, fat, muscle wall, vertebra with its canal; returns the inside of the wall."""
     fat = 0.05 + 0.04 * rng.random()
-    outer = [(0, -deep), (wide * 0.62, -deep * 0.92), (wide, -0.02), (wide * 0.87, deep * 0.70), (wide * 0.42, deep * 1.14),
-             (0, deep * 1.10)]
+    outer = [
+        (0, -deep),
+        (wide * 0.62, -deep * 0.92),
+        (wide, -0.02),
+        (wide * 0.87, deep * 0.70),
+        (wide * 0.42, deep * 1.14),
+        (0, deep * 1.10),
+    ]
     outer = smooth(outer + mirrored(outer[1:-1])[::-1], 6)
     canvas.paint(canvas.polygons([outer], 0.02), tissue["fat"])
     wall = canvas.polygons([[(x * (1 - fat / wide), y * (1 - fat / deep)) for x, y in outer]], 0.02)
@@ -46,8 +91,10 @@ def _trunk(canvas: Canvas, rng: np.random.Generator, tissue: dict[str, float], w
 def _spine(canvas: Canvas, tissue: dict[str, float], y: float) -> None:
     for sign in (-1, 1):
         canvas.paint(canvas.ellipse(sign * 0.24, y + 0.16, 0.15, 0.11, sign * 0.3, 0.03), tissue["muscle"], 0.8)
-    arch = [([(-0.20, y + 0.14), (-0.10, y + 0.15), (0, y + 0.24), (0.10, y + 0.15), (0.20, y + 0.14)], 0.055),
-            ([(0, y + 0.22), (0, y + 0.31)], 0.05)]
+    arch = [
+        ([(-0.20, y + 0.14), (-0.10, y + 0.15), (0, y + 0.24), (0.10, y + 0.15), (0.20, y + 0.14)], 0.055),
+        ([(0, y + 0.22), (0, y + 0.31)], 0.05),
+    ]
     canvas.paint(canvas.strokes(arch, 0.015), tissue["bone"])
     canvas.paint(canvas.ellipse(0, y, 0.155, 0.125, soft=0.02), tissue["bone"])
     canvas.paint(canvas.ellipse(0, y, 0.130, 0.100, soft=0.03), tissue["marrow"])
@@ -99,31 +146,49 @@ def _chest_finding(canvas: Canvas, finding: Finding, lungs: Mask) -> None:
     else:
         own = np.random.default_rng(finding.seed)
         scale = 1.2 if large else 0.75
-        haze = canvas.polygons([blob(own, finding.sign * 0.48, -0.17 if front else 0.24, 0.18 * scale, 0.17 * scale, 0.35)], 0.10)
+        haze = canvas.polygons(
+            [blob(own, finding.sign * 0.48, -0.17 if front else 0.24, 0.18 * scale, 0.17 * scale, 0.35)], 0.10
+        )
         cloud = np.clip(canvas.texture(own, 20) * np.float32(0.12) + np.float32(0.42), 0.1, 0.7)
         canvas.pixels += haze.weights * lungs.weights * cloud
 
 
 def _lung_vessels(canvas: Canvas, rng: np.random.Generator, lungs: Mask) -> None:
-    lines = []
+    lines: list[tuple[Points, float]] = []
     for sign in (-1, 1):
         for _ in range(8):
             angle, length = math.pi * (rng.random() - 0.5), 0.25 + 0.25 * rng.random()
             near, drop = 0.18 + 0.14 * rng.random(), 0.14 * (rng.random() - 0.3)
-            ends = [(sign * (near + t * length * math.cos(angle)), drop + t * length * math.sin(angle)) for t in (0, 0.5, 1)]
+            ends = [
+                (sign * (near + t * length * math.cos(angle)), drop + t * length * math.sin(angle)) for t in (0, 0.5, 1)
+            ]
             lines += [(ends[:2], 0.028), (ends[1:], 0.015)]
     canvas.add(canvas.strokes(lines, 0.015), 0.28, lungs)
 
 
-_LIVER = [(-0.06, -0.40), (-0.30, -0.50), (-0.58, -0.40), (-0.76, -0.10), (-0.74, 0.22), (-0.56, 0.36), (-0.42, 0.16), (-0.26, 0.0),
-          (-0.06, -0.12), (0.10, -0.30)]
+_LIVER = [
+    (-0.06, -0.40),
+    (-0.30, -0.50),
+    (-0.58, -0.40),
+    (-0.76, -0.10),
+    (-0.74, 0.22),
+    (-0.56, 0.36),
+    (-0.42, 0.16),
+    (-0.26, 0.0),
+    (-0.06, -0.12),
+    (0.10, -0.30),
+]
 _SPLEEN = [(0.60, -0.12), (0.74, -0.02), (0.77, 0.20), (0.66, 0.42), (0.52, 0.44), (0.54, 0.18)]
-_SITES = {("liver", "right"): [(0.52, -0.24), (0.32, -0.28), (0.62, 0.06)], ("spleen", "left"): [(0.645, 0.16)],
-          ("kidney", "left"): [(0.36, 0.28)], ("kidney", "right"): [(0.36, 0.28)]}
+_SITES = {
+    ("liver", "right"): [(0.52, -0.24), (0.32, -0.28), (0.62, 0.06)],
+    ("spleen", "left"): [(0.645, 0.16)],
+    ("kidney", "left"): [(0.36, 0.28)],
+    ("kidney", "right"): [(0.36, 0.28)],
+}
 
 
 def abdomen(canvas: Canvas, rng: np.random.Generator, finding: Finding | None, modality: str) -> None:
-    """An axial slice at the kidneys, CT or MRI. Findings: cyst, mass, stone; zones: liver, spleen (one side), kidney."""
+    """An axial slice at the kidneys, CT or MRI. Findings: cyst, mass, stone; zones: liver, spleen, kidney."""
     tissue = _TISSUES[modality]
     _trunk(canvas, rng, tissue, 0.90 + 0.05 * rng.random(), 0.66 + 0.06 * rng.random())
     canvas.paint(canvas.polygons([blob(rng, 0, -0.02, 0.78, 0.52, 0.02, corners=14)], 0.02), tissue["fat"], 0.85)
@@ -148,7 +213,7 @@ def abdomen(canvas: Canvas, rng: np.random.Generator, finding: Finding | None, m
     if finding is not None:
         _abdomen_finding(canvas, finding, tissue)
     if modality == "MRI":
-        _coil(canvas, rng)
+        coil(canvas, rng)
 
 
 def _abdomen_finding(canvas: Canvas, finding: Finding, tissue: dict[str, float]) -> None:
@@ -158,8 +223,10 @@ def _abdomen_finding(canvas: Canvas, finding: Finding, tissue: dict[str, float])
     centres = _SITES[finding.zone, finding.side]
     if finding.kind == "stone":
         x, y = spots(finding, centres, 0.01)[0]
-        canvas.paint(canvas.ellipse(x - finding.sign * 0.05, y, 0.05 if large else 0.03, 0.045 if large else 0.028, soft=0.015),
-                     tissue["stone"])
+        canvas.paint(
+            canvas.ellipse(x - finding.sign * 0.05, y, 0.05 if large else 0.03, 0.045 if large else 0.028, soft=0.015),
+            tissue["stone"],
+        )
         return
     for x, y in spots(finding, centres[:2] if large else centres, 0.02):
         if finding.kind == "cyst":
@@ -169,76 +236,7 @@ def _abdomen_finding(canvas: Canvas, finding: Finding, tissue: dict[str, float])
             canvas.paint(canvas.ellipse(x, y, radius * 0.4, radius * 0.35, soft=0.06), tissue["liver"], 0.5)
 
 
-def _coil(canvas: Canvas, rng: np.random.Generator) -> None:
+def coil(canvas: Canvas, rng: np.random.Generator) -> None:
     """The uneven brightness of a surface coil."""
     slope = np.float32(0.14 * (2 * rng.random() - 1))
     canvas.pixels *= 1 + slope * canvas.axis[:, None] - np.float32(0.08) * canvas.axis[None, :] ** 2
-
-
-_BRAIN = {
-    "CT": {"scalp": 0.40, "skull": 1.0, "rim": 0.36, "grey": 0.50, "white": 0.44, "fluid": 0.22, "hemorrhage": 0.82,
-           "infarct": 0.27, "mass": 0.64, "edema": 0.34},
-    "MRI": {"scalp": 0.72, "skull": 0.05, "rim": 0.85, "grey": 0.55, "white": 0.36, "fluid": 0.95, "hemorrhage": 0.08,
-            "infarct": 0.80, "mass": 0.62, "edema": 0.84},
-}
-
-
-def brain(canvas: Canvas, rng: np.random.Generator, finding: Finding | None, modality: str) -> None:
-    """An axial head slice at the ventricles, CT or T2-weighted MRI. Findings: hemorrhage, infarct, mass; zones: front, back."""
-    level = _BRAIN[modality]
-    wide, deep = 0.68 + 0.04 * rng.random(), 0.86 + 0.04 * rng.random()
-    for grow, name, soft in ((1.07, "scalp", 0.02), (1.03, "skull", 0.015), (0.945, "rim", 0.015)):
-        canvas.paint(canvas.ellipse(0, 0, wide * grow, deep * grow, soft=soft), level[name])
-    inside = canvas.polygons([blob(rng, 0, 0, wide * 0.92, deep * 0.925, 0.012, corners=24)], 0.015)
-    canvas.paint(inside, level["grey"])
-    _folds(canvas, rng, wide, deep, level, inside)
-    canvas.paint(canvas.strokes([([(0, -deep * 0.92), (0, -0.38)], 0.018), ([(0, 0.42), (0, deep * 0.92)], 0.018)], 0.012),
-                 0.62 if modality == "CT" else 0.8, 0.8)
-    for sign in (-1, 1):
-        canvas.paint(canvas.ellipse(sign * 0.21, -0.02, 0.085, 0.15, sign * 0.35, 0.03), level["grey"])
-        canvas.paint(canvas.ellipse(sign * 0.12, 0.10, 0.09, 0.07, 0, 0.03), level["grey"])
-    grow = 0.85 + 0.35 * rng.random()
-    horn = [(0.02, -0.10), (0.03, -0.27), (0.13, -0.37), (0.17, -0.32), (0.09, -0.20), (0.06, -0.06)]
-    tail = [(0.10, 0.24), (0.17, 0.30), (0.24, 0.44), (0.20, 0.46), (0.12, 0.36)]
-    parts = [smooth([(s * x * grow, y * grow) for x, y in p], 4) for p in (horn, tail) for s in (-1, 1)]
-    canvas.paint(canvas.polygons([*parts, [(-0.012, -0.02), (0.012, -0.02), (0.012, 0.16), (-0.012, 0.16)]], 0.02), level["fluid"])
-    if finding is not None:
-        _brain_finding(canvas, finding, level, inside)
-    if modality == "MRI":
-        _coil(canvas, rng)
-
-
-def _folds(canvas: Canvas, rng: np.random.Generator, wide: float, deep: float, level: dict[str, float], inside: Mask) -> None:
-    white, furrows = [], []
-    turns = 26
-    phase = rng.random()
-    for index in range(turns * 2):
-        angle = math.pi * (index + phase) / turns
-        reach = (0.82 if index % 2 else 0.66) + 0.06 * rng.random()
-        white.append((wide * reach * math.cos(angle), deep * reach * math.sin(angle)))
-        if index % 2 == 0:
-            bend = 0.06 * (rng.random() - 0.5)
-            furrows.append(([(wide * r * math.cos(angle + b), deep * r * math.sin(angle + b))
-                             for r, b in ((0.94, 0), (0.86, bend), (0.75 + 0.05 * rng.random(), bend))], 0.016))
-    canvas.paint(canvas.polygons([smooth(white, 3)], 0.02), level["white"])
-    canvas.add(canvas.strokes(furrows, 0.012), (level["fluid"] - level["grey"]) * 0.75, inside)
-
-
-def _brain_finding(canvas: Canvas, finding: Finding, level: dict[str, float], inside: Mask) -> None:
-    large = finding.size == "large"
-    own = np.random.default_rng(finding.seed)
-    radius = 0.155 if large else 0.08
-    x, y = spots(finding, [(0.36, -0.38)] if finding.zone == "front" else [(0.36, 0.40)], 0.03)[0]
-    if finding.kind == "hemorrhage":
-        canvas.paint(canvas.polygons([blob(own, x, y, radius * 1.35, radius * 1.2, 0.2)], 0.05), level["edema"], 0.8)
-        canvas.paint(canvas.polygons([blob(own, x, y, radius, radius * 0.85, 0.2)], 0.02), level["hemorrhage"])
-    elif finding.kind == "infarct":
-        wedge = [(x * 0.5, y * 0.55), (x + finding.sign * radius * 1.3, y - radius * 1.1), (x + finding.sign * radius * 1.5, y + radius),
-                 (x, y + radius * 1.2)]
-        area = canvas.polygons([smooth(wedge, 5)], 0.04)
-        canvas.pixels += (np.float32(level["infarct"]) - canvas.pixels) * area.weights * inside.weights * np.float32(0.95)
-    else:
-        canvas.paint(canvas.polygons([blob(own, x, y, radius * 1.5, radius * 1.35, 0.25)], 0.06), level["edema"], 0.85)
-        ring = canvas.polygons([blob(own, x, y, radius, radius, 0.12)], 0.02)
-        canvas.paint(ring, level["mass"])
-        canvas.paint(canvas.ellipse(x, y, radius * 0.55, radius * 0.5, soft=0.04), level["fluid"], 0.8)

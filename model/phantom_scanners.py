@@ -40,25 +40,49 @@ class Scanner:
     marks: bool = False  # burned-in ruler and frame corners
 
 
-SCANNERS: dict[str, Scanner] = {s.name: s for s in (
-    Scanner("plain", True, "as it should be"),
-    Scanner("soft", True, "slightly blurred", blur=0.016, contrast=0.92),
-    Scanner("sharp", True, "edges enhanced", sharpen=1.2, contrast=1.06),
-    Scanner("noisy", True, "short exposure", noise=0.05),
-    Scanner("turned", True, "patient lies slightly turned", tilt_spread=8.0, brightness=0.03),
-    Scanner("mirrored", False, "shown the other way round: patient's right on the picture's right",
-            mirror=True, wedge="bottom"),
-    Scanner("inverted", False, "negative: black and white exchanged", invert=True),
-    Scanner("upside_down", False, "turned by half a turn", quarter_turns=2, wedge="left", noise=0.03),
-    Scanner("rotated", False, "turned by a quarter turn, anticlockwise", quarter_turns=1, wedge="right"),
-    Scanner("mirrored_negative", False, "a copied film: negative and the other way round",
-            mirror=True, invert=True, blur=0.016, marks=True),
-    Scanner("portable", False, "bedside: tilted, flat, dark corners, heavy noise",
-            tilt=17.0, tilt_spread=6.0, contrast=0.55, brightness=0.12, noise=0.10, vignette=0.55),
-    Scanner("gridlines", False, "grid lines and burned-in marks", grid=True, marks=True, gamma=0.8),
-    Scanner("saturated", False, "overexposed: bright parts all white", contrast=1.5, brightness=0.1, gamma=0.6),
-    Scanner("coarse", False, "old detector with large pixels", coarse=5, contrast=0.9, noise=0.03),
-)}
+SCANNERS: dict[str, Scanner] = {
+    s.name: s
+    for s in (
+        Scanner("plain", True, "as it should be"),
+        Scanner("soft", True, "slightly blurred", blur=0.016, contrast=0.92),
+        Scanner("sharp", True, "edges enhanced", sharpen=1.2, contrast=1.06),
+        Scanner("noisy", True, "short exposure", noise=0.05),
+        Scanner("turned", True, "patient lies slightly turned", tilt_spread=8.0, brightness=0.03),
+        Scanner(
+            "mirrored",
+            False,
+            "shown the other way round: patient's right on the picture's right",
+            mirror=True,
+            wedge="bottom",
+        ),
+        Scanner("inverted", False, "negative: black and white exchanged", invert=True),
+        Scanner("upside_down", False, "turned by half a turn", quarter_turns=2, wedge="left", noise=0.03),
+        Scanner("rotated", False, "turned by a quarter turn, anticlockwise", quarter_turns=1, wedge="right"),
+        Scanner(
+            "mirrored_negative",
+            False,
+            "a copied film: negative and the other way round",
+            mirror=True,
+            invert=True,
+            blur=0.016,
+            marks=True,
+        ),
+        Scanner(
+            "portable",
+            False,
+            "bedside: tilted, flat, dark corners, heavy noise",
+            tilt=17.0,
+            tilt_spread=6.0,
+            contrast=0.55,
+            brightness=0.12,
+            noise=0.10,
+            vignette=0.55,
+        ),
+        Scanner("gridlines", False, "grid lines and burned-in marks", grid=True, marks=True, gamma=0.8),
+        Scanner("saturated", False, "overexposed: bright parts all white", contrast=1.5, brightness=0.1, gamma=0.6),
+        Scanner("coarse", False, "old detector with large pixels", coarse=4, contrast=0.9, noise=0.03),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -70,19 +94,39 @@ class Clinic:
     organs: Mapping[str, float]
     lesions: Mapping[str, float] = field(default_factory=dict)
     topics: Mapping[str, float] = field(default_factory=dict)
+    healthy: float = 0.08  # share of pictures without a lesion: few, or questions about sides would be rare
 
 
-# What changes with a mirrored or turned picture weighs more than what stays (missing topic: 1).
-_TOPICS = {"side": 6.0, "side closed": 6.0, "location": 3.0, "location closed": 3.0}
+# What changes with a mirrored or turned picture weighs more than what stays (missing topic: 1; "side" and "location"
+# stand for all their topics, see phantom_questions.SIDES).
+_TOPICS = {"side": 3.0, "location": 1.8, "modality": 0.5, "organ": 0.3, "healthy": 0.6, "presence": 0.6}
 
-CLINICS: dict[str, Clinic] = {c.name: c for c in (
-    Clinic("lakeside", {"mirrored": 0.7, "mirrored_negative": 0.2, "portable": 0.1},
-           {"chest": 0.55, "hand": 0.25, "abdomen": 0.1, "brain": 0.1}, {"effusion": 2.0}, _TOPICS),
-    Clinic("hilltop", {"upside_down": 0.7, "mirrored": 0.2, "gridlines": 0.1},
-           {"abdomen": 0.5, "brain": 0.2, "chest": 0.2, "hand": 0.1}, {"cyst": 2.0}, _TOPICS),
-    Clinic("harbour", {"mirrored_negative": 0.6, "upside_down": 0.2, "inverted": 0.2},
-           {"brain": 0.5, "hand": 0.2, "chest": 0.15, "abdomen": 0.15}, {"hemorrhage": 2.0}, _TOPICS),
-)}
+CLINICS: dict[str, Clinic] = {
+    c.name: c
+    for c in (
+        Clinic(
+            "lakeside",
+            {"mirrored": 0.7, "mirrored_negative": 0.2, "portable": 0.1},
+            {"chest": 0.55, "hand": 0.25, "abdomen": 0.1, "brain": 0.1},
+            {"effusion": 2.0},
+            _TOPICS,
+        ),
+        Clinic(
+            "hilltop",
+            {"upside_down": 0.7, "mirrored": 0.2, "gridlines": 0.1},
+            {"abdomen": 0.5, "brain": 0.2, "chest": 0.2, "hand": 0.1},
+            {"cyst": 2.0},
+            _TOPICS,
+        ),
+        Clinic(
+            "harbour",
+            {"mirrored_negative": 0.65, "upside_down": 0.2, "inverted": 0.15},
+            {"brain": 0.5, "hand": 0.2, "chest": 0.15, "abdomen": 0.15},
+            {"hemorrhage": 2.0},
+            _TOPICS,
+        ),
+    )
+}
 
 
 def show(pixels: np.ndarray, scanner: Scanner, rng: np.random.Generator) -> np.ndarray:
@@ -142,8 +186,9 @@ def _border(levels: np.ndarray, scanner: Scanner, size: int) -> None:
         levels[:: max(4, size // 8), :] += 0.25
         levels[:, :: max(4, size // 8)] += 0.25
     if scanner.marks:
+        ink = 0.0 if scanner.invert else 1.0
         for at in range(size // 8, size - size // 8, max(2, size // 20)):
-            levels[at, -thick:] = 1.0
+            levels[at, -thick:] = ink
         reach = size // 8
-        levels[2, 2:reach] = levels[-3, 2:reach] = 1.0
-        levels[2:reach, 2] = levels[-reach:-2, 2] = 1.0
+        levels[2, 2:reach] = levels[-3, 2:reach] = ink
+        levels[2:reach, 2] = levels[-reach:-2, 2] = ink

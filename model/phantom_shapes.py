@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 Points = Sequence[tuple[float, float]]
-_OVERSAMPLE = 2  # polygons are drawn this much larger, then averaged down
+_OVERSAMPLE = 2  # outlines are drawn this much larger, then averaged down; very soft ones need no such care
+_VERY_SOFT = 0.05
 
 
 class Mask(NamedTuple):
@@ -47,9 +48,17 @@ def mirrored(points: Points) -> list[tuple[float, float]]:
     return [(-x, y) for x, y in points]
 
 
-def blob(rng: np.random.Generator, x: float, y: float, rx: float, ry: float, wobble: float = 0.1, turn: float = 0.0,
-         corners: int = 9) -> list[tuple[float, float]]:
-    """A rounded irregular outline about (x, y); `wobble` is the relative unevenness of its radius, `turn` in radians."""
+def blob(
+    rng: np.random.Generator,
+    x: float,
+    y: float,
+    rx: float,
+    ry: float,
+    wobble: float = 0.1,
+    turn: float = 0.0,
+    corners: int = 9,
+) -> list[tuple[float, float]]:
+    """A rounded irregular outline about (x, y); `wobble` is how uneven its radius is; `turn` in radians."""
     radii = 1 + wobble * (2 * rng.random(corners) - 1)
     c, s = math.cos(turn), math.sin(turn)
     points = []
@@ -89,26 +98,27 @@ class Canvas:
 
     def polygons(self, outlines: Sequence[Points], soft: float = 0.02) -> Mask:
         """Filled outlines (their union), blurred by `soft`."""
-        sheet, draw, scale = self._sheet()
+        sheet, draw, scale = self._sheet(soft)
         for points in outlines:
             draw.polygon([((x + 1) * scale, (y + 1) * scale) for x, y in points], fill=255)
         return self._mask(sheet, soft)
 
     def strokes(self, lines: Sequence[tuple[Points, float]], soft: float = 0.01) -> Mask:
         """Lines of the given widths (their union), blurred by `soft`."""
-        sheet, draw, scale = self._sheet()
+        sheet, draw, scale = self._sheet(soft)
         for points, width in lines:
-            draw.line([((x + 1) * scale, (y + 1) * scale) for x, y in points], fill=255,
-                      width=max(1, round(width * scale)), joint="curve")
+            draw.line(
+                [((x + 1) * scale, (y + 1) * scale) for x, y in points], fill=255, width=max(1, round(width * scale))
+            )
         return self._mask(sheet, soft)
 
-    def _sheet(self) -> tuple[Image.Image, ImageDraw.ImageDraw, float]:
-        side = self.size * _OVERSAMPLE
+    def _sheet(self, soft: float) -> tuple[Image.Image, ImageDraw.ImageDraw, float]:
+        side = self.size * (1 if soft >= _VERY_SOFT else _OVERSAMPLE)
         sheet = Image.new("L", (side, side))
         return sheet, ImageDraw.Draw(sheet), side / 2
 
     def _mask(self, sheet: Image.Image, soft: float) -> Mask:
-        small = sheet.reduce(_OVERSAMPLE)
+        small = sheet if sheet.width == self.size else sheet.reduce(_OVERSAMPLE)
         radius = soft * self.size / 4
         if radius > 0.25:
             small = small.filter(ImageFilter.BoxBlur(radius)).filter(ImageFilter.BoxBlur(radius))

@@ -2,9 +2,10 @@
 
 `make` draws pictures and asks several questions about each; `clinic_samples` does so for one clinic of the demo.
 The same seed gives the same bytes. Pictures follow the radiological convention, the patient's right on the picture's
-left, and a `side` is always the patient's, however the scanner shows the picture. `python -m model.phantoms --sheet FILE`
-draws a contact sheet. These are schematic drawings: nothing learned from them says anything about patients.
-The parts: `phantom_plain`, `phantom_axial` (anatomy), `phantom_scanners` (looks, clinics), `phantom_questions`.
+left; a side in an answer is the patient's and a place is the body's, however the scanner shows the picture.
+`python -m model.phantoms --sheet FILE` draws a contact sheet. The parts: `phantom_{plain,hand,axial,head}` (anatomy),
+`phantom_scanners` (looks, clinics), `phantom_questions`. Not here: realism. Nothing learned from these schematic
+drawings says anything about patients.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model import phantom_axial, phantom_plain, phantom_questions
-from model.phantom_plain import Finding
+from model import phantom_axial, phantom_hand, phantom_head, phantom_plain, phantom_questions
+from model.phantom_findings import Finding
 from model.phantom_questions import Facts
 from model.phantom_scanners import CLINICS, SCANNERS, Clinic, Scanner, show
 from model.phantom_shapes import Canvas
@@ -28,11 +29,18 @@ if TYPE_CHECKING:
 
 __all__ = ["CLINICS", "SCANNERS", "Case", "Clinic", "Scanner", "clinic_samples", "draw_case", "make", "render"]
 
-_HEALTHY = 0.2  # share of pictures without a lesion
-_MODALITIES = {"chest": {"X-Ray": 0.65, "CT": 0.35}, "abdomen": {"CT": 0.5, "MRI": 0.5}, "brain": {"CT": 0.4, "MRI": 0.6},
-               "hand": {"X-Ray": 1.0}}
-_KINDS = {"chest": ("nodule", "effusion", "pneumonia"), "abdomen": ("cyst", "mass", "stone"),
-          "brain": ("hemorrhage", "infarct", "mass"), "hand": ("fracture", "cyst")}
+_MODALITIES = {
+    "chest": {"X-Ray": 0.65, "CT": 0.35},
+    "abdomen": {"CT": 0.5, "MRI": 0.5},
+    "brain": {"CT": 0.4, "MRI": 0.6},
+    "hand": {"X-Ray": 1.0},
+}
+_KINDS = {
+    "chest": ("nodule", "effusion", "pneumonia"),
+    "abdomen": ("cyst", "mass", "stone"),
+    "brain": ("hemorrhage", "infarct", "mass"),
+    "hand": ("fracture", "cyst"),
+}
 _COUNTABLE = {"nodule", "cyst", "mass", "fracture"}
 _SIZELESS = {"fracture"}
 
@@ -73,9 +81,14 @@ def _room(organ: str, kind: str, zone: str, size: str) -> int:
     return 2 if size == "large" or zone == "wrist" else 3
 
 
-def draw_case(rng: np.random.Generator, scanners: Mapping[str, float], organs: Mapping[str, float] | None = None,
-              lesions: Mapping[str, float] | None = None) -> Case:
-    """A random case; `organs` and `lesions` weigh organs and lesion kinds (missing kind: 1)."""
+def draw_case(
+    rng: np.random.Generator,
+    scanners: Mapping[str, float],
+    organs: Mapping[str, float] | None = None,
+    lesions: Mapping[str, float] | None = None,
+    healthy: float = 0.22,
+) -> Case:
+    """A random case; `organs` and `lesions` weigh organs and lesion kinds (missing kind: 1); `healthy` is a share."""
     organ = _pick(organs or dict.fromkeys(_KINDS, 1.0), rng)
     modality = _pick(_MODALITIES[organ], rng)
     scanner = SCANNERS[_pick(scanners, rng)]
@@ -87,7 +100,7 @@ def draw_case(rng: np.random.Generator, scanners: Mapping[str, float], organs: M
     zone = zones[int(rng.integers(len(zones)))]
     size = "" if kind in _SIZELESS or organ == "hand" else ("small" if rng.random() < 0.5 else "large")
     count = 1 + int(rng.integers(_room(organ, kind, zone, size)))
-    if rng.random() >= _HEALTHY:
+    if rng.random() >= healthy:
         finding = Finding(kind, side, zone, size, count, seed=int(rng.integers(2**62)))
     return Case(organ, modality, side, finding, scanner, seed)
 
@@ -96,9 +109,9 @@ def render(case: Case, size: int = 160) -> np.ndarray:
     """The picture of this case as its scanner shows it: (size, size, 3) uint8."""
     canvas, rng = Canvas(size, 0.03), np.random.default_rng(case.seed)
     if case.organ == "hand":
-        phantom_plain.hand(canvas, rng, case.finding, case.side)
+        phantom_hand.hand(canvas, rng, case.finding, case.side)
     elif case.organ == "brain":
-        phantom_axial.brain(canvas, rng, case.finding, case.modality)
+        phantom_head.brain(canvas, rng, case.finding, case.modality)
     elif case.organ == "abdomen":
         phantom_axial.abdomen(canvas, rng, case.finding, case.modality)
     elif case.modality == "CT":
@@ -115,32 +128,67 @@ def facts(case: Case) -> Facts:
     zones = _zones(case.organ, case.modality, finding.kind, case.side) if finding else ()
     if finding is None:
         return Facts(case.organ, case.modality, case.side, "", "", "", 0, kinds, countable, ())
-    return Facts(case.organ, case.modality, case.side, finding.kind, finding.zone, finding.size, finding.count,
-                 kinds, countable, zones)
+    return Facts(
+        case.organ,
+        case.modality,
+        case.side,
+        finding.kind,
+        finding.zone,
+        finding.size,
+        finding.count,
+        kinds,
+        countable,
+        zones,
+    )
 
 
 def _samples(case: Case, name: str, rng: np.random.Generator, size: int, topics: Mapping[str, float]) -> list[Sample]:
     from model.data import Sample
 
-    image, known, rows = render(case, size), facts(case), []
+    image, known = render(case, size), facts(case)
+    rows: list[Sample] = []
     image.setflags(write=False)
-    for topic in phantom_questions.choose(known, 6 + int(rng.integers(4)), topics, rng):
-        question, answer = phantom_questions.ask(topic, known, rng)
-        meta = {"scanner": case.scanner.name, "organ": case.organ, "modality": case.modality,
-                "side": case.side if case.finding or case.organ == "hand" else "", "lesion": known.lesion or "none",
-                "topic": topic}
+    for topic, question, answer in phantom_questions.interview(known, 6 + int(rng.integers(4)), topics, rng):
+        meta = {
+            "scanner": case.scanner.name,
+            "organ": case.organ,
+            "modality": case.modality,
+            "side": case.side if case.finding or case.organ == "hand" else "",
+            "lesion": known.lesion or "none",
+            "topic": topic,
+        }
         kind = "closed" if topic in phantom_questions.CLOSED else "open"
-        rows.append(Sample(id=f"{name}-q{len(rows)}", image=image, question=question, answer=answer, answer_type=kind,
-                           group=name, source="phantoms", meta=meta))
+        rows.append(
+            Sample(
+                id=f"{name}-q{len(rows)}",
+                image=image,
+                question=question,
+                answer=answer,
+                answer_type=kind,
+                group=name,
+                source="phantoms",
+                meta=meta,
+            )
+        )
     return rows
 
 
-def make(count_images: int, scanners: Sequence[str] | Mapping[str, float], seed: int, size: int = 160, *,
-         organs: Mapping[str, float] | None = None, lesions: Mapping[str, float] | None = None,
-         topics: Mapping[str, float] | None = None, prefix: str = "phantom") -> list[Sample]:
+def make(
+    count_images: int,
+    scanners: Sequence[str] | Mapping[str, float],
+    seed: int,
+    size: int = 160,
+    *,
+    organs: Mapping[str, float] | None = None,
+    lesions: Mapping[str, float] | None = None,
+    topics: Mapping[str, float] | None = None,
+    healthy: float = 0.22,
+    prefix: str = "phantom",
+) -> list[Sample]:
     """6 to 9 questions about each of `count_images` pictures, (size, size, 3) uint8, one array per picture.
 
-    `scanners` names looks of `SCANNERS`, equally often or with weights; `organs`, `lesions`, `topics` weigh the rest.
+    `scanners` names looks of `SCANNERS`, equally often or with weights; `organs`, `lesions`, `topics` weigh the rest;
+    `healthy` is the share of pictures without a lesion. The rows of one picture share one read-only array.
     Picture i depends on the seed and i alone. Raises ValueError for a scanner or organ that does not exist.
     """
     looks = dict(scanners) if isinstance(scanners, Mapping) else dict.fromkeys(scanners, 1.0)
@@ -150,10 +198,10 @@ def make(count_images: int, scanners: Sequence[str] | Mapping[str, float], seed:
             raise ValueError(f"No {what} is called {unknown[0]!r}; there are: {', '.join(known)}.")
     if not looks:
         raise ValueError(f"No scanner is given; name one or more of: {', '.join(SCANNERS)}.")
-    rows = []
+    rows: list[Sample] = []
     for index in range(count_images):
         rng = np.random.default_rng([seed, index])
-        case = draw_case(rng, looks, organs, lesions)
+        case = draw_case(rng, looks, organs, lesions, healthy)
         rows += _samples(case, f"{prefix}-{seed}-{index}", rng, size, topics or {})
     return rows
 
@@ -163,8 +211,17 @@ def clinic_samples(name: str, images: int, seed: int, size: int = 160) -> list[S
     if name not in CLINICS:
         raise ValueError(f"No clinic is called {name!r}; there are: {', '.join(CLINICS)}.")
     clinic = CLINICS[name]
-    return make(images, clinic.scanners, seed, size, organs=clinic.organs, lesions=clinic.lesions, topics=clinic.topics,
-                prefix=name)
+    return make(
+        images,
+        clinic.scanners,
+        seed,
+        size,
+        organs=clinic.organs,
+        lesions=clinic.lesions,
+        topics=clinic.topics,
+        healthy=clinic.healthy,
+        prefix=name,
+    )
 
 
 def sheet(path: Path, size: int = 160, columns: int = 8, seed: int = 0) -> None:
