@@ -1,0 +1,151 @@
+"""Flower's ClientApp of a clinic: takes a message, lets the limits decide, trains or installs, answers.
+
+Flower starts a new process for each message, so nothing heavy is imported before a request has been accepted.
+Not here: who may connect (registered keys, TLS) and what lies in training/ (the kiosk's consent gate decides).
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client import limits
+from model import adapters, files
+from model.adapters import AdapterRejected
+from model.npy import read_exact
+
+app = ClientApp()
+
+MAX_ARRAYS = 10_000  # arrays of one message
+MAX_ELEMENTS = 200_000_000  # values of one message: a rank-64 adapter of a 7B model has 160 million
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the one factor that is asked for on this clinic's consented samples, or refuse with the reason."""
+    return Message(train_reply(message.content, files.home()), reply_to=message)
+
+
+@app.query()
+def release(message: Message, context: Context) -> Message:
+    """Check a released adapter and install it where this clinic's kiosk finds it, or refuse with the reason."""
+    return Message(release_reply(message.content, files.home()), reply_to=message)
+
+
+def train_reply(content: RecordDict, home: Path) -> RecordDict:
+    """Answer to a train message: the trained factor with metrics, or the reason of the refusal."""
+    from model.data import DataError, read_training
+    from model.llava import ModelError, base_sha256
+    from model.presets import PresetMissing
+
+    start = time.monotonic()
+    try:
+        allowed = limits.read_limits(home)
+        request = limits.parse(_only(content.config_records, "config"))
+        state = _arrays(_only(content.array_records, "arrays"))
+        base = limits.base_model(home)
+        spec = adapters.spec_of(state, request.alpha, request.base_sha256)
+        adapters.check(state, spec)
+        samples = read_training(home / "training")
+        limits.check(request, spec, allowed, base_sha256(base), len(samples))
+        from client import trainer
+
+        trained = trainer.train(
+            samples,
+            base,
+            state,
+            (request.factor,),
+            request.local_steps,
+            lr=request.lr,
+            batch=request.batch_size,
+            alpha=request.alpha,
+            seed=request.seed + request.server_round,
+            seconds=allowed.max_seconds,
+            threads=allowed.threads or None,
+            progress=_say,
+        )
+    except (limits.Refused, limits.SettingsWrong, AdapterRejected, DataError, ModelError, PresetMissing) as error:
+        return _refusal(str(error))
+    except RuntimeError as error:  # out of memory, a loss that is no number: this round is lost, the clinic goes on
+        return _refusal(f"training stopped: {error}")
+    factor = {name: array for name, array in trained.state.items() if adapters.factor(name) == request.factor}
+    metrics = {
+        "num-examples": trained.examples,
+        "server-round": request.server_round,
+        "steps": trained.steps,
+        "loss-before": trained.loss_before,
+        "loss-after": trained.loss_after,
+        "seconds": time.monotonic() - start,
+        "peak-rss-mib": trained.peak_rss_mib,
+        "bytes": adapters.state_bytes(factor),
+    }
+    arrays = ArrayRecord({name: Array(array) for name, array in factor.items()})
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
+
+
+def release_reply(content: RecordDict, home: Path) -> RecordDict:
+    """Answer to a release: the name under which the adapter was installed, or the reason of the refusal."""
+    import json
+
+    from model.llava import ModelError, base_sha256
+    from model.presets import PresetMissing
+
+    try:
+        config = _only(content.config_records, "config")
+        state = _arrays(_only(content.array_records, "arrays"))
+        evidence = json.loads(str(config["evidence"]))
+        spec = adapters.spec_of(state, float(config["alpha"]), str(config["base-sha256"]))
+        limits.check_targets(spec, limits.read_limits(home))
+        own = base_sha256(limits.base_model(home))
+        if spec.base_sha256 != own:
+            raise limits.Refused(f"the adapter is for the base {spec.base_sha256[:12]}, this clinic has {own[:12]}")
+        with tempfile.TemporaryDirectory(prefix="afya-release-") as scratch:
+            folder = Path(scratch) / "adapter"
+            adapters.save(folder, state, spec)
+            digest = adapters.sha256(folder)
+            if digest != config["sha256"]:
+                raise limits.Refused("the adapter that arrived is not the one that was released (other hash)")
+            name = adapters.install(home, folder, evidence=evidence)
+    except (limits.Refused, limits.SettingsWrong, AdapterRejected, ModelError, PresetMissing) as error:
+        return _refusal(str(error))
+    except (KeyError, TypeError, ValueError) as error:
+        return _refusal(f"the release is not readable: {error}")
+    print(f"Adapter {name} installed.", flush=True)
+    return RecordDict({"config": ConfigRecord({"installed": name, "sha256": digest})})
+
+
+def _refusal(reason: str) -> RecordDict:
+    print(f"Refused: {reason}", flush=True)
+    return RecordDict({"config": ConfigRecord({"refused": reason})})
+
+
+def _only(records: dict, key: str) -> dict:
+    """The one record of its kind, which must be called `key`. Raises Refused."""
+    if set(records) != {key}:
+        raise limits.Refused(f"the message must hold exactly one record {key!r} of its kind, it holds {sorted(records)}")
+    return records[key]
+
+
+def _arrays(record: dict) -> adapters.State:
+    """Decode a message's arrays, each no larger than declared and all together within bounds. Raises AdapterRejected."""
+    if not 0 < len(record) <= MAX_ARRAYS:
+        raise AdapterRejected(f"the message holds {len(record)} arrays")
+    total, state = 0, {}
+    for name, sent in record.items():
+        adapters.factor(name)
+        shape = tuple(int(n) for n in sent.shape)
+        if len(shape) != 2 or any(n < 1 for n in shape) or sent.dtype != "float32":
+            raise AdapterRejected(f"{name} has shape {shape} and dtype {sent.dtype}, expected two sizes and float32")
+        total += shape[0] * shape[1]
+        if total > MAX_ELEMENTS:
+            raise AdapterRejected(f"the message holds more than {MAX_ELEMENTS} values")
+        state[name] = read_exact(sent.data, shape, "float32")
+    return state
+
+
+def _say(step: int, steps: int, loss: float) -> None:
+    """Progress in the clinic's own log, about ten lines a round."""
+    if step == steps or step % max(1, steps // 10) == 0:
+        print(f"step {step}/{steps} loss {loss:.3f}", flush=True)

@@ -1,0 +1,76 @@
+"""From rounds to the kiosks: the adapter folder with its evidence, and the message that brings it to each clinic.
+
+The evidence says which rounds, who contributed, what was rejected and how the losses went. A clinic checks and installs
+by itself. Not here yet: a held-out score that an adapter must reach, and a signature on the evidence.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from model import adapters
+from model.files import write_atomic
+from server.checkpoint import RoundCheckpoint
+from server.strategy import plain
+
+
+def evidence(checkpoint: RoundCheckpoint) -> dict[str, Any]:
+    """What is known about the adapter of a checkpoint, in plain values."""
+    rows = [row for row in checkpoint.history if row["changed"]]
+    return {
+        "round": checkpoint.round,
+        "updates": checkpoint.updates,
+        "base_sha256": checkpoint.spec.base_sha256,
+        "rank": checkpoint.spec.rank,
+        "alpha": checkpoint.spec.alpha,
+        "contributed": sorted({entry["clinic"] for row in rows for entry in row["accepted"]}),
+        "last_round": {"accepted": [asdict(row) for row in checkpoint.accepted]},
+        "rejected": [{"round": row["round"], **entry} for row in checkpoint.history for entry in row["rejected"]],
+        "loss": [
+            {"round": row["round"], "before": _mean(row, "loss-before"), "after": _mean(row, "loss-after")} for row in rows
+        ],
+        "config": checkpoint.config,
+    }
+
+
+def _mean(row: dict[str, Any], key: str) -> float | None:
+    """Weighted mean of one metric over the clinics of a round that sent it."""
+    known = [(entry["weight"], entry["metrics"][key]) for entry in row["accepted"] if key in entry["metrics"]]
+    return sum(w * v for w, v in known) / sum(w for w, _ in known) if known else None
+
+
+def build(root: Path, checkpoint: RoundCheckpoint) -> Path:
+    """Write releases/round-NNNNN/ (PEFT folder and release.json) under `root`; returns it."""
+    folder = root / "releases" / f"round-{checkpoint.round:05d}"
+    adapters.save(folder, checkpoint.state, checkpoint.spec)
+    record = {**evidence(checkpoint), "sha256": adapters.sha256(folder)}
+    write_atomic(folder / adapters.RELEASE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    return folder
+
+
+def content(folder: Path) -> RecordDict:
+    """The message that brings a release folder to a clinic."""
+    state, spec = adapters.load(folder)
+    config = {
+        "alpha": spec.alpha,
+        "base-sha256": spec.base_sha256,
+        "sha256": adapters.sha256(folder),
+        "evidence": (folder / adapters.RELEASE).read_text(encoding="utf-8"),
+    }
+    arrays = ArrayRecord({name: Array(array) for name, array in state.items()})
+    return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+
+
+def verdict(message: Any) -> tuple[bool, str]:
+    """Whether a clinic installed the release, and its words: the name it has there, or why not."""
+    if message.has_error():
+        return False, plain(f"failed: {message.error.reason or message.error.code}")
+    for record in message.content.config_records.values():
+        if "installed" in record:
+            return True, plain(str(record["installed"]))
+        if "refused" in record:
+            return False, plain(str(record["refused"]))
+    return False, "the reply says nothing about the release"

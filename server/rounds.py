@@ -1,0 +1,221 @@
+"""The rounds: ask every connected clinic, gate what comes back, aggregate, checkpoint, and in the end release.
+
+A round ends when all have answered or its deadline is over; below the quorum it changes nothing and says so. After a
+crash the same call goes on behind the last sound checkpoint. Not here: choosing some of many clinics.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from model import adapters
+from server import checkpoint as store
+from server import release
+from server.checkpoint import Rejection, RoundCheckpoint
+from server.events import Events
+from server.settings import Settings, SettingsRejected
+from server.strategy import Ask, Gate, Update, aggregate, norm_cap
+
+POLL = 0.5  # seconds between two looks for replies
+GRACE = 600.0  # seconds a message outlives its deadline on the link, so that a late clinic finds it and is told
+
+
+class Federation:
+    """One run over a Flower Grid. `sleep` and `clock` are there for tests that must not wait."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        settings: Settings,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.grid, self.settings, self.sleep, self.clock = grid, settings, sleep, clock
+        self.root = Path(settings.checkpoint_dir).expanduser()
+        self.events = Events(self.root)
+
+    def run(self) -> RoundCheckpoint:
+        """All rounds that are still to do, then the release; returns the last checkpoint."""
+        now = self._start()
+        for number in range(now.round + 1, self.settings.num_server_rounds + 1):
+            now = self._round(number, now)
+            every = self.settings.release_every
+            if every and number % every == 0 and number < self.settings.num_server_rounds:
+                self._release(now)
+        self._release(now)
+        self.events.add("finished", round=now.round, updates=now.updates)
+        return now
+
+    def _start(self) -> RoundCheckpoint:
+        """The last sound checkpoint, or round 0: the initial factors."""
+        from model.llava import base_sha256
+
+        base = base_sha256(self.settings.base)
+        if self.settings.base_sha256 not in ("", base):
+            raise SettingsRejected(f"base-sha256 is {self.settings.base_sha256[:12]}, the base model is {base[:12]}.")
+        found, skipped = store.latest(self.root)
+        for sentence in skipped:
+            self.events.add("checkpoint-skipped", reason=sentence)
+        if found is not None:
+            self._same_adapter(found, base)
+            self.events.add("resumed", round=found.round)
+            return found
+        s = self.settings
+        state = adapters.initial(s.base, s.rank, s.alpha, s.targets, s.seed)
+        spec = adapters.spec_of(state, s.alpha, base)
+        first = RoundCheckpoint(0, 0, "", False, "the initial factors", spec, state, config=asdict(s))
+        store.save(self.root, first)
+        self.events.add("started", base_sha256=base, arrays=len(state), bytes=adapters.state_bytes(state))
+        return first
+
+    def _same_adapter(self, found: RoundCheckpoint, base: str) -> None:
+        s, was = self.settings, found.config
+        faults = [f"{n} was {was.get(n)!r}" for n in ("targets", "rank", "alpha") if was.get(n) != getattr(s, n)]
+        if found.spec.base_sha256 != base:
+            faults.append(f"the base model was {found.spec.base_sha256[:12]}")
+        if faults:
+            raise SettingsRejected(f"{self.root} holds rounds of another adapter ({', '.join(faults)}); use another folder.")
+
+    def _round(self, number: int, before: RoundCheckpoint) -> RoundCheckpoint:
+        """One round from the state of `before`; its checkpoint is on the disk when this returns."""
+        start = self.clock()
+        factor = "B" if before.updates % 2 == 0 else "A"
+        clinics = self._clinics(start)
+        self.events.add("round", round=number, factor=factor, clinics=sorted(clinics.values()))
+        gate = Gate(self._ask(number, factor, before, clinics))
+        self._collect(gate, start)
+        for late in gate.silent():
+            self.events.add("rejected", round=number, clinic=late.clinic, reason=late.reason)
+        after = self._conclude(gate, before, start)
+        store.save(self.root, after)
+        row = store.summary(after)
+        self.events.add("round-done", **{key: row[key] for key in row if key not in ("accepted", "rejected")})
+        return after
+
+    def _clinics(self, start: float) -> dict[int, str]:
+        """Connected nodes and their registered names; waits for a quorum, at most until the round's deadline."""
+        while True:
+            found = {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
+            late = self.clock() - start >= self.settings.round_deadline
+            if len(found) >= self.settings.min_clinics or late:
+                return found
+            self.sleep(POLL)
+
+    def _ask(self, number: int, factor: str, before: RoundCheckpoint, clinics: Mapping[int, str]) -> Ask:
+        s = self.settings
+        values = sum(before.state[n].size for n in before.spec.names if adapters.factor(n) == factor)
+        cap = s.max_update_norm or norm_cap(s.lr, s.local_steps, values)
+        return Ask(number, factor, before.state, before.spec, clinics, cap)
+
+    def _collect(self, gate: Gate, start: float) -> None:
+        """Send the round's message and take replies one by one until all are there or the deadline is over."""
+        ask, s = gate.ask, self.settings
+        config = {
+            "server-round": ask.round,
+            "factor": ask.factor,
+            "base-sha256": ask.spec.base_sha256,
+            "alpha": s.alpha,
+            "local-steps": s.local_steps,
+            "lr": s.lr,
+            "batch-size": s.batch_size,
+            "seed": s.seed,
+        }
+        arrays = {name: Array(array) for name, array in ask.state.items()}
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
+        left = s.round_deadline - (self.clock() - start)
+        for node, reply in self._replies(content, MessageType.TRAIN, ask.clinics, ask.round, left):
+            got = gate.unreadable(node, reply) if isinstance(reply, Exception) else gate.take(node, reply)
+            if isinstance(got, Rejection):
+                self.events.add("rejected", round=ask.round, clinic=got.clinic, reason=got.reason)
+            elif isinstance(got, Update):
+                values = {"examples": got.examples, "norm": round(got.norm, 4), "bytes": got.bytes, **got.metrics}
+                self.events.add("accepted", round=ask.round, clinic=got.clinic, **values)
+
+    def _replies(
+        self, content: RecordDict, kind: str, clinics: Mapping[int, str], number: int, seconds: float
+    ) -> Iterator[tuple[int, Message | Exception]]:
+        """Send one message to each clinic; yield (node, reply) as they come, for at most `seconds`.
+
+        A reply that cannot be put together is yielded as the exception it caused, so that it ends nothing.
+        """
+        end = self.clock() + seconds
+        nodes = list(clinics)
+        ttl = max(1.0, seconds) + GRACE
+        messages = [Message(content, node, kind, ttl=ttl, group_id=str(number)) for node in nodes]
+        sent = zip(self.grid.push_messages(messages), nodes, strict=False)
+        waiting = {message_id: node for message_id, node in sent if message_id}
+        while waiting:
+            for message_id, node in list(waiting.items()):
+                reply = self._pull(message_id)
+                if reply is not None:
+                    del waiting[message_id]
+                    yield node, reply
+            if not waiting or self.clock() >= end:
+                return
+            self.sleep(POLL)
+
+    def _pull(self, message_id: str) -> Message | Exception | None:
+        """The reply to one message, None while there is none, or the exception that its content caused."""
+        try:
+            return next(iter(self.grid.pull_messages([message_id])), None)
+        except httpx.HTTPError:
+            raise  # the link itself is gone: the run ends and is resumed from the last checkpoint
+        except Exception as error:  # whatever a clinic put into its reply: it becomes a rejection with this reason
+            return error
+
+    def _conclude(self, gate: Gate, before: RoundCheckpoint, start: float) -> RoundCheckpoint:
+        """The checkpoint after a round: with the mean of the accepted updates, or unchanged below the quorum."""
+        ask, updates = gate.ask, list(gate.updates.values())
+        enough = len(updates) >= self.settings.min_clinics
+        base = replace(
+            before,
+            round=ask.round,
+            factor=ask.factor,
+            changed=enough,
+            accepted=(),
+            rejected=tuple(gate.rejected),
+            config=asdict(self.settings),
+            seconds=self.clock() - start,
+            bytes_down=adapters.state_bytes(ask.state) * len(ask.clinics),
+            bytes_up=sum(update.bytes for update in updates),
+        )
+        if enough:
+            mean, accepted = aggregate(updates)
+            reason = f"{len(updates)} of {len(ask.clinics)} replies aggregated"
+            state = {**before.state, **mean}
+            base = replace(base, state=state, accepted=accepted, updates=before.updates + 1, reason=reason)
+        else:
+            reason = f"{len(updates)} accepted replies, fewer than the quorum of {self.settings.min_clinics}: unchanged"
+            base = replace(base, reason=reason)
+        return replace(base, history=(*before.history, store.summary(base)))
+
+    def _release(self, now: RoundCheckpoint) -> None:
+        """Write the adapter with its evidence and bring it to every connected clinic."""
+        folder = release.build(self.root, now)
+        clinics = {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
+        self.events.add("release", round=now.round, folder=str(folder), clinics=sorted(clinics.values()))
+        waiting = dict(clinics)
+        seconds = self.settings.round_deadline
+        for node, reply in self._replies(release.content(folder), MessageType.QUERY, clinics, now.round, seconds):
+            del waiting[node]
+            done, words = (False, str(reply)) if isinstance(reply, Exception) else release.verdict(reply)
+            self.events.add("installed" if done else "not-installed", clinic=clinics[node], detail=words)
+        for name in sorted(waiting.values()):
+            self.events.add("not-installed", clinic=name, detail="no reply before the deadline")
+
+
+def _name(node: Any) -> str:
+    """Name under which a node was registered, or its number."""
+    return str(getattr(node, "name", "") or f"node {node.node_id}")
+
+
+def federate(grid: Grid, settings: Settings, **options: Any) -> RoundCheckpoint:
+    """Run or resume a federation; returns the last checkpoint. Raises SettingsRejected."""
+    return Federation(grid, settings, **options).run()

@@ -1,0 +1,74 @@
+"""The settings of a federated run: one table of names, defaults and meanings, read from Flower's run configuration.
+
+Every fault is collected and told at once. Not here: what a clinic allows; each clinic checks that by itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class SettingsRejected(ValueError):
+    """The run configuration cannot be used; the message lists every fault."""
+
+
+def _setting(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": meaning, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `afya-server rounds` may be told; in Flower's run configuration the names have hyphens."""
+
+    num_server_rounds: int = _setting(6, "rounds in all; a resumed run goes on to this number", 1, 10_000)
+    targets: str = _setting("decoder", "layers with an adapter: decoder, projector, tower joined by +, or a regex")
+    rank: int = _setting(8, "rank of the adapter", 1, 256)
+    alpha: float = _setting(16.0, "scale of the adapter (lora_alpha)", 0.01, 4096)
+    local_steps: int = _setting(40, "optimizer steps a clinic takes in a round", 1, 100_000)
+    lr: float = _setting(2e-3, "learning rate", 1e-7, 1.0)
+    batch_size: int = _setting(16, "samples in a step", 1, 4096)
+    min_clinics: int = _setting(2, "accepted replies below which a round changes nothing", 1, 10_000)
+    round_deadline: float = _setting(3600.0, "seconds after which a round goes on without the missing", 1, 604_800)
+    release_every: int = _setting(0, "release to the clinics every n rounds; 0: at the end only", 0, 10_000)
+    max_update_norm: float = _setting(0.0, "cap on the norm of an update; 0: lr x steps x sqrt(values)", 0, 1e9)
+    seed: int = _setting(0, "seed of the first factors and of the clinics' sample order", 0, 2**31)
+    checkpoint_dir: str = _setting("", "folder of the rounds, on this server")
+    base_model: str = _setting("", "folder of the base model; empty: the reference model")
+    base_sha256: str = _setting("", "hash the base model must have; empty: whatever base-model has")
+
+    @property
+    def base(self) -> Path:
+        """Folder of the base model. Raises model.presets.PresetMissing when it is the reference and absent."""
+        from model.presets import reference_path
+
+        return Path(self.base_model).expanduser() if self.base_model else reference_path()
+
+
+def names() -> dict[str, tuple[Any, str]]:
+    """Name with hyphens -> (default, meaning) of every setting, in order."""
+    return {f.name.replace("_", "-"): (f.default, f.metadata["help"]) for f in fields(Settings)}
+
+
+def read(config: Mapping[str, Any]) -> Settings:
+    """Settings from a run configuration; unknown keys are faults. Raises SettingsRejected with every fault at once."""
+    known = {f.name.replace("_", "-"): f for f in fields(Settings)}
+    faults = [f"{name} is not a setting" for name in sorted(set(config) - set(known))]
+    values: dict[str, Any] = {}
+    for name in set(config) & set(known):
+        entry, value = known[name], config[name]
+        kind = type(entry.default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            faults.append(f"{name} = {value!r} is not of type {kind.__name__}")
+            continue
+        low, high = entry.metadata["low"], entry.metadata["high"]
+        if low is not None and not low <= value <= high:
+            faults.append(f"{name} = {value} is not between {low} and {high}")
+        values[entry.name] = value
+    if not config.get("checkpoint-dir"):
+        faults.append("checkpoint-dir is empty; give the folder for the rounds")
+    if faults:
+        raise SettingsRejected("The run configuration cannot be used: " + "; ".join(sorted(faults)) + ".")
+    return Settings(**values)

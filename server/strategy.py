@@ -1,0 +1,202 @@
+"""The gate in front of aggregation, and the aggregation: which replies count, and the exact weighted mean of those.
+
+A reply counts only if it has exactly the arrays that were asked for, finite, of this round, within the norm cap, with a
+believable number of examples. Anything else becomes a Rejection with its reason and never ends the run.
+Not covered: poison that looks like training within the cap (`server.release` keeps the evidence for a person).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from model import adapters
+from model.adapters import AdapterRejected, AdapterSpec, State
+from model.npy import read_exact
+from server.checkpoint import Contribution, Rejection
+
+MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
+MAX_METRICS = 64  # entries of a metric record; more is noise or an attempt to fill the disk
+WEIGHT_CAP = 2.0  # times the median number of examples: one large hospital must not own the model
+REASON_LENGTH = 300  # characters of a clinic's own words that are kept
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a round asks for: `factor` trained from `state`, by nodes `clinics` (node id -> name), within `max_norm`."""
+
+    round: int
+    factor: str
+    state: State
+    spec: AdapterSpec
+    clinics: Mapping[int, str]
+    max_norm: float
+
+    def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, dtype) of every array that must come back."""
+        rows = zip(self.spec.names, self.spec.shapes, self.spec.dtypes, strict=True)
+        return {name: (shape, dtype) for name, shape, dtype in rows if adapters.factor(name) == self.factor}
+
+
+@dataclass(frozen=True)
+class Update:
+    """A reply that passed the gate: arrays of the one factor, and what the clinic says about its training."""
+
+    node: int
+    clinic: str
+    arrays: State
+    examples: int
+    norm: float
+    bytes: int
+    metrics: dict[str, float]
+
+
+class Gate:
+    """Takes the replies of one round one by one, in any order."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.updates: dict[int, Update] = {}
+        self.rejected: list[Rejection] = []
+        self._seen: set[int] = set()
+
+    def take(self, node: int, message: Any) -> Update | Rejection:
+        """Look at the reply (a Flower Message) of `node`; the verdict is kept. Never raises for what a clinic sent."""
+        clinic = self.ask.clinics.get(node, f"unknown node {node}")
+        try:
+            if node not in self.ask.clinics:
+                raise AdapterRejected("this node was not asked")
+            if node in self._seen:
+                raise AdapterRejected("this node has already answered in this round")
+            self._seen.add(node)
+            update = self._open(node, clinic, message)
+        except AdapterRejected as error:
+            return self._reject(clinic, str(error))
+        self.updates[node] = update
+        return update
+
+    def unreadable(self, node: int, error: Exception) -> Rejection:
+        """Record that the reply of `node` could not even be put together from what arrived."""
+        self._seen.add(node)
+        clinic = self.ask.clinics.get(node, f"unknown node {node}")
+        return self._reject(clinic, f"the reply is unreadable: {type(error).__name__}: {error}")
+
+    def _reject(self, clinic: str, reason: str) -> Rejection:
+        rejection = Rejection(clinic, plain(reason))
+        self.rejected.append(rejection)
+        return rejection
+
+    def silent(self) -> list[Rejection]:
+        """Record every asked clinic that has not answered by the deadline; returns those rejections."""
+        late = [
+            Rejection(name, "no reply before the deadline")
+            for node, name in sorted(self.ask.clinics.items())
+            if node not in self._seen
+        ]
+        self.rejected += late
+        return late
+
+    def _open(self, node: int, clinic: str, message: Any) -> Update:
+        if message.has_error():
+            raise AdapterRejected(f"the clinic's training failed: {message.error.reason or message.error.code}")
+        content = message.content
+        for record in content.config_records.values():
+            if "refused" in record:
+                raise AdapterRejected(f"the clinic refused: {record['refused']}")
+        if set(content.array_records) != {"arrays"} or set(content.metric_records) != {"metrics"}:
+            raise AdapterRejected("the reply does not hold one array record and one metric record")
+        metrics = _metrics(content.metric_records["metrics"])
+        examples = _examples(content.metric_records["metrics"])
+        if metrics.get("server-round") != self.ask.round:
+            raise AdapterRejected(f"the reply is of round {metrics.get('server-round')}, not of round {self.ask.round}")
+        arrays = self._arrays(content.array_records["arrays"])
+        norm = _distance(arrays, self.ask.state)
+        if norm > self.ask.max_norm:
+            raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
+        return Update(node, clinic, arrays, examples, norm, adapters.state_bytes(arrays), metrics)
+
+    def _arrays(self, record: Any) -> State:
+        """Decode the arrays, each held against its expected name, shape and dtype first."""
+        expected = self.ask.expected()
+        if set(record) != set(expected):
+            odd = sorted(set(record) ^ set(expected))
+            raise AdapterRejected(f"{len(odd)} array keys are missing or unexpected, the first is {odd[0][:120]!r}")
+        arrays = {}
+        for name, (shape, dtype) in expected.items():
+            sent = record[name]
+            declared = (tuple(sent.shape), sent.dtype, sent.stype)
+            if declared != (shape, dtype, "numpy.ndarray"):
+                raise AdapterRejected(f"{name} is declared with shape and dtype {declared}, expected {shape} {dtype}")
+            try:
+                arrays[name] = read_exact(sent.data, shape, dtype)
+            except AdapterRejected as error:
+                raise AdapterRejected(f"{name}: {error}") from error
+            if not np.isfinite(arrays[name]).all():
+                raise AdapterRejected(f"{name} holds non-finite values")
+        return arrays
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The finite plain numbers of a metric record; lists and odd values are left out, they decide nothing."""
+    if len(record) > MAX_METRICS:
+        raise AdapterRejected(f"the reply has {len(record)} metrics, more than {MAX_METRICS}")
+    return {
+        str(key)[:60]: value
+        for key, value in record.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _examples(record: Mapping[str, Any]) -> int:
+    value = record.get("num-examples")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXAMPLES:
+        raise AdapterRejected(f"num-examples is {str(value)[:40]}, expected a whole number from 1 to {MAX_EXAMPLES}")
+    return value
+
+
+def _distance(arrays: State, before: Mapping[str, np.ndarray]) -> float:
+    """Euclidean norm of the whole update."""
+    total = 0.0
+    for name, array in arrays.items():
+        difference = array.astype(np.float64) - before[name]
+        total += float(np.vdot(difference, difference))
+    return math.sqrt(total)
+
+
+def plain(text: str) -> str:
+    """One printable line: what a clinic sends must not write control characters into a terminal or a log."""
+    return "".join(c if c.isprintable() else " " for c in text)[:REASON_LENGTH]
+
+
+def shares(examples: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
+    """Share of each clinic in the mean: its examples, at most `cap` times the median, divided by the sum."""
+    limit = cap * float(np.median(examples))
+    capped = [min(float(n), limit) for n in examples]
+    return [n / sum(capped) for n in capped]
+
+
+def aggregate(updates: Sequence[Update], cap: float = WEIGHT_CAP) -> tuple[State, tuple[Contribution, ...]]:
+    """Weighted mean of the one factor that every clinic trained, summed in node order so that arrival plays no part.
+
+    Exact for LoRA: the other factor is frozen and the same everywhere, so the mean of factors is the mean of updates.
+    Raises ValueError without any update.
+    """
+    if not updates:
+        raise ValueError("there is nothing to aggregate")
+    ordered = sorted(updates, key=lambda update: update.node)
+    weights = shares([update.examples for update in ordered], cap)
+    mean: State = {}
+    for name, first in ordered[0].arrays.items():
+        total = np.zeros(first.shape, np.float64)
+        for update, weight in zip(ordered, weights, strict=True):
+            total += weight * update.arrays[name].astype(np.float64)
+        mean[name] = total.astype(first.dtype)
+    rows = zip(ordered, weights, strict=True)
+    return mean, tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics) for u, w in rows)
+
+
+def norm_cap(lr: float, steps: int, elements: int) -> float:
+    """How far `steps` AdamW steps of rate `lr` can move `elements` values: about lr for each value in each step."""
+    return lr * steps * math.sqrt(elements)
