@@ -48,7 +48,7 @@ _TISSUES = {  # level of each tissue in each look
         "fluid": 0.9,
         "cord": 0.92,
         "cyst": 1.0,
-        "mass": 0.62,
+        "mass": 0.80,
         "stone": 0.0,
     },
 }
@@ -91,7 +91,7 @@ def _trunk(canvas: Canvas, rng: np.random.Generator, tissue: dict[str, float], w
 def _spine(canvas: Canvas, tissue: dict[str, float], y: float) -> None:
     for sign in (-1, 1):
         canvas.paint(canvas.ellipse(sign * 0.24, y + 0.16, 0.15, 0.11, sign * 0.3, 0.03), tissue["muscle"], 0.8)
-    arch = [
+    arch: list[tuple[Points, float]] = [
         ([(-0.20, y + 0.14), (-0.10, y + 0.15), (0, y + 0.24), (0.10, y + 0.15), (0.20, y + 0.14)], 0.055),
         ([(0, y + 0.22), (0, y + 0.31)], 0.05),
     ]
@@ -135,7 +135,7 @@ def _chest_finding(canvas: Canvas, finding: Finding, lungs: Mask) -> None:
     front = finding.zone == "front"
     if finding.kind == "nodule":
         radius = 0.105 if large else 0.055
-        centres = [(0.61, -0.06), (0.51, -0.28), (0.38, -0.38)] if front else [(0.34, 0.34), (0.54, 0.19), (0.52, 0.36)]
+        centres = [(0.61, -0.10), (0.47, -0.31), (0.34, -0.40)] if front else [(0.34, 0.34), (0.54, 0.19), (0.52, 0.36)]
         for x, y in spots(finding, centres[:2] if large else centres, 0.02):
             canvas.paint(canvas.ellipse(x, y, radius, radius, soft=0.03), 0.62)
     elif finding.kind == "effusion":
@@ -147,7 +147,7 @@ def _chest_finding(canvas: Canvas, finding: Finding, lungs: Mask) -> None:
         own = np.random.default_rng(finding.seed)
         scale = 1.2 if large else 0.75
         haze = canvas.polygons(
-            [blob(own, finding.sign * 0.48, -0.17 if front else 0.24, 0.18 * scale, 0.17 * scale, 0.35)], 0.10
+            [blob(own, finding.sign * 0.48, -0.20 if front else 0.25, 0.18 * scale, 0.17 * scale, 0.35)], 0.10
         )
         cloud = np.clip(canvas.texture(own, 20) * np.float32(0.12) + np.float32(0.42), 0.1, 0.7)
         canvas.pixels += haze.weights * lungs.weights * cloud
@@ -180,7 +180,7 @@ _LIVER = [
 ]
 _SPLEEN = [(0.60, -0.12), (0.74, -0.02), (0.77, 0.20), (0.66, 0.42), (0.52, 0.44), (0.54, 0.18)]
 _SITES = {
-    ("liver", "right"): [(0.52, -0.24), (0.32, -0.28), (0.62, 0.06)],
+    ("liver", "right"): [(0.56, -0.20), (0.28, -0.30), (0.62, 0.08)],
     ("spleen", "left"): [(0.645, 0.16)],
     ("kidney", "left"): [(0.36, 0.28)],
     ("kidney", "right"): [(0.36, 0.28)],
@@ -224,7 +224,7 @@ def _abdomen_finding(canvas: Canvas, finding: Finding, tissue: dict[str, float])
     if finding.kind == "stone":
         x, y = spots(finding, centres, 0.01)[0]
         canvas.paint(
-            canvas.ellipse(x - finding.sign * 0.05, y, 0.05 if large else 0.03, 0.045 if large else 0.028, soft=0.015),
+            canvas.ellipse(x - finding.sign * 0.05, y, 0.06 if large else 0.037, 0.055 if large else 0.034, soft=0.015),
             tissue["stone"],
         )
         return
@@ -239,4 +239,4 @@ def _abdomen_finding(canvas: Canvas, finding: Finding, tissue: dict[str, float])
 def coil(canvas: Canvas, rng: np.random.Generator) -> None:
     """The uneven brightness of a surface coil."""
     slope = np.float32(0.14 * (2 * rng.random() - 1))
-    canvas.pixels *= 1 + slope * canvas.axis[:, None] - np.float32(0.08) * canvas.axis[None, :] ** 2
+    canvas.pixels *= 1 + slope * canvas.ys[:, None] - np.float32(0.08) * canvas.xs[None, :] ** 2

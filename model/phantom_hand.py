@@ -120,5 +120,5 @@ def _finding(
         ux, uy = (b[0] - a[0]) / length, (b[1] - a[1]) / length
         reach, tilt = 0.075 if fingers else 0.155, 0.5 if rng.random() < 0.5 else -0.5
         line = [(x + k * reach * (tilt * ux - uy), y + k * reach * (ux + tilt * uy)) for k in (-1, 0, 1)]
-        canvas.add(canvas.strokes([(line, 0.034)], 0.012), -0.75, bones)
-    np.maximum(canvas.pixels, np.float32(0.05), out=canvas.pixels)
+        gap = canvas.strokes([(line, 0.034)], 0.012)
+        canvas.paint(Mask(gap.rows, gap.columns, gap.weights * bones.weights), 0.10)

@@ -11,7 +11,7 @@ import numpy as np
 
 from model.phantom_axial import coil
 from model.phantom_findings import Finding, spots
-from model.phantom_shapes import Canvas, Mask, blob, smooth
+from model.phantom_shapes import Canvas, Mask, Points, blob, smooth
 
 _BRAIN = {
     "CT": {
@@ -102,8 +102,13 @@ def _brain_finding(canvas: Canvas, finding: Finding, level: dict[str, float], in
     own = np.random.default_rng(finding.seed)
     radius = 0.155 if large else 0.08
     x, y = spots(finding, [(0.36, -0.38)] if finding.zone == "front" else [(0.36, 0.40)], 0.03)[0]
+
+    def halo(outline: Points, soft: float, opacity: float) -> None:
+        area = canvas.polygons([outline], soft)
+        canvas.paint(Mask(area.rows, area.columns, area.weights * inside.weights), level["edema"], opacity)
+
     if finding.kind == "hemorrhage":
-        canvas.paint(canvas.polygons([blob(own, x, y, radius * 1.35, radius * 1.2, 0.2)], 0.05), level["edema"], 0.8)
+        halo(blob(own, x, y, radius * 1.35, radius * 1.2, 0.2), 0.05, 0.8)
         canvas.paint(canvas.polygons([blob(own, x, y, radius, radius * 0.85, 0.2)], 0.02), level["hemorrhage"])
     elif finding.kind == "infarct":
         wedge = [
@@ -117,7 +122,7 @@ def _brain_finding(canvas: Canvas, finding: Finding, level: dict[str, float], in
             (np.float32(level["infarct"]) - canvas.pixels) * area.weights * inside.weights * np.float32(0.95)
         )
     else:
-        canvas.paint(canvas.polygons([blob(own, x, y, radius * 1.5, radius * 1.35, 0.25)], 0.06), level["edema"], 0.85)
+        halo(blob(own, x, y, radius * 1.5, radius * 1.35, 0.25), 0.06, 0.85)
         ring = canvas.polygons([blob(own, x, y, radius, radius, 0.12)], 0.02)
         canvas.paint(ring, level["mass"])
         canvas.paint(canvas.ellipse(x, y, radius * 0.55, radius * 0.5, soft=0.04), level["fluid"], 0.8)

@@ -40,7 +40,7 @@ _TORSO = [
     (0.86, 0.30),
     (0.88, 1.15),
 ]
-_NODULES = {"upper": [(0.36, -0.52), (0.54, -0.30), (0.32, -0.22)], "lower": [(0.58, 0.04), (0.36, 0.14), (0.60, 0.30)]}
+_NODULES = {"upper": [(0.35, -0.53), (0.55, -0.31), (0.34, -0.27)], "lower": [(0.60, 0.09), (0.54, 0.33), (0.50, 0.20)]}
 
 
 def chest(canvas: Canvas, rng: np.random.Generator, finding: Finding | None) -> None:
@@ -52,7 +52,7 @@ def chest(canvas: Canvas, rng: np.random.Generator, finding: Finding | None) -> 
 
     torso = canvas.polygons([place(_TORSO) + mirrored(place(_TORSO))[::-1]], 0.05)
     canvas.paint(torso, 0.42)
-    canvas.pixels += torso.weights * (canvas.axis[:, None] * np.float32(0.07) + np.float32(0.03))
+    canvas.pixels += torso.weights * (canvas.ys[:, None] * np.float32(0.07) + np.float32(0.03))
     canvas.add(canvas.ellipse(0, 0.95, 0.85, 0.62, soft=0.3), 0.16, torso)
     lung = smooth(place(_LUNG))
     lungs = canvas.polygons([[(x, y + 0.05) for x, y in lung], mirrored(lung)], 0.035)
@@ -111,9 +111,9 @@ def _ribs(canvas: Canvas, rng: np.random.Generator, torso: Mask, wide: float) ->
 def _chest_finding(canvas: Canvas, finding: Finding, lungs: Mask, place: Placing) -> None:
     large = finding.size == "large"
     if finding.kind == "nodule":
-        radius = 0.115 if large else 0.062
-        for x, y in place(spots(finding, _NODULES[finding.zone], 0.025)):
-            canvas.paint(canvas.ellipse(x, y, radius, radius * 0.95, soft=0.03), 0.72, 0.95)
+        radius = 0.115 if large else 0.058
+        for x, y in place(spots(finding, _NODULES[finding.zone][: 2 if large else 3], 0.015)):
+            canvas.paint(canvas.ellipse(x, y, radius, radius * 0.95, soft=0.04), 0.62, 0.95)
     elif finding.kind == "effusion":
         top = -0.18 if large else 0.14
         level = [
@@ -129,7 +129,7 @@ def _chest_finding(canvas: Canvas, finding: Finding, lungs: Mask, place: Placing
         canvas.pixels += (np.float32(0.70) - canvas.pixels) * fluid.weights * lungs.weights
     else:
         rng = np.random.default_rng(finding.seed)
-        x, y = place([(finding.sign * 0.43, -0.36 if finding.zone == "upper" else 0.10)])[0]
+        x, y = place([(finding.sign * 0.43, -0.38) if finding.zone == "upper" else (finding.sign * 0.50, 0.17)])[0]
         scale = 1.25 if large else 0.75
         haze = canvas.polygons([blob(rng, x, y, 0.19 * scale, 0.17 * scale, 0.35)], 0.16)
         cloud = np.clip(canvas.texture(rng, 14) * np.float32(0.10) + np.float32(0.42), 0.15, 0.7)

@@ -70,47 +70,53 @@ def blob(
 
 
 class Canvas:
-    """A (size, size) float32 picture, `pixels`, to paint on."""
+    """A (size, size) float32 picture, `pixels`, to paint on; `xs` and `ys` are its pixels' coordinates.
 
-    def __init__(self, size: int, level: float = 0.0) -> None:
-        self.size = size
-        self.pixels = np.full((size, size), level, dtype=np.float32)
-        self.axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
+    `zoom` and `shift` place the drawing: a point p lands at p * zoom + shift.
+    """
 
-    def _window(self, centre: float, reach: float) -> slice:
-        low = max(0, math.floor((centre - reach + 1) * self.size / 2))
-        high = min(self.size, math.ceil((centre + reach + 1) * self.size / 2))
+    def __init__(self, size: int, zoom: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)) -> None:
+        self.size, self.zoom, self.shift = size, zoom, shift
+        self.pixels = np.zeros((size, size), dtype=np.float32)
+        middles = (np.arange(size, dtype=np.float64) + 0.5) * 2 / size - 1
+        self.xs, self.ys = (((middles - move) / zoom).astype(np.float32) for move in shift)
+
+    def _window(self, centre: float, reach: float, move: float) -> slice:
+        middle, reach = centre * self.zoom + move + 1, reach * self.zoom
+        low = max(0, math.floor((middle - reach) * self.size / 2))
+        high = min(self.size, math.ceil((middle + reach) * self.size / 2))
         return slice(low, max(low, high))
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, turn: float = 0.0, soft: float = 0.03) -> Mask:
         """A filled ellipse with edges `soft` wide; `turn` in radians, clockwise on the screen."""
         reach = max(rx, ry) + soft
-        rows, columns = self._window(y, reach), self._window(x, reach)
-        dx, dy = (self.axis[columns] - np.float32(x))[None, :], (self.axis[rows] - np.float32(y))[:, None]
+        rows, columns = self._window(y, reach, self.shift[1]), self._window(x, reach, self.shift[0])
+        dx, dy = (self.xs[columns] - np.float32(x))[None, :], (self.ys[rows] - np.float32(y))[:, None]
         if turn:
             c, s = np.float32(math.cos(turn)), np.float32(math.sin(turn))
             dx, dy = dx * c + dy * s, dy * c - dx * s
         u, v = dx / np.float32(rx), dy / np.float32(ry)
-        distance = np.sqrt(u * u + v * v)
         edge = np.float32(max(soft, 2.0 / self.size) / min(rx, ry))
-        t = np.clip((1 - distance) / edge + np.float32(0.5), 0, 1)
+        t = np.clip((1 - np.sqrt(u * u + v * v)) / edge + np.float32(0.5), 0, 1)
         return Mask(rows, columns, t * t * (3 - 2 * t))
 
     def polygons(self, outlines: Sequence[Points], soft: float = 0.02) -> Mask:
         """Filled outlines (their union), blurred by `soft`."""
         sheet, draw, scale = self._sheet(soft)
         for points in outlines:
-            draw.polygon([((x + 1) * scale, (y + 1) * scale) for x, y in points], fill=255)
+            draw.polygon(self._placed(points, scale), fill=255)
         return self._mask(sheet, soft)
 
     def strokes(self, lines: Sequence[tuple[Points, float]], soft: float = 0.01) -> Mask:
         """Lines of the given widths (their union), blurred by `soft`."""
         sheet, draw, scale = self._sheet(soft)
         for points, width in lines:
-            draw.line(
-                [((x + 1) * scale, (y + 1) * scale) for x, y in points], fill=255, width=max(1, round(width * scale))
-            )
+            draw.line(self._placed(points, scale), fill=255, width=max(1, round(width * self.zoom * scale)))
         return self._mask(sheet, soft)
+
+    def _placed(self, points: Points, scale: float) -> list[tuple[float, float]]:
+        (right, down), zoom = self.shift, self.zoom
+        return [((x * zoom + right + 1) * scale, (y * zoom + down + 1) * scale) for x, y in points]
 
     def _sheet(self, soft: float) -> tuple[Image.Image, ImageDraw.ImageDraw, float]:
         side = self.size * (1 if soft >= _VERY_SOFT else _OVERSAMPLE)

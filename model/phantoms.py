@@ -107,7 +107,9 @@ def draw_case(
 
 def render(case: Case, size: int = 160) -> np.ndarray:
     """The picture of this case as its scanner shows it: (size, size, 3) uint8."""
-    canvas, rng = Canvas(size, 0.03), np.random.default_rng(case.seed)
+    zoom, *shift = np.random.default_rng([case.seed, 0]).random(3).tolist()
+    canvas = Canvas(size, 0.93 + 0.11 * zoom, (0.06 * shift[0] - 0.03, 0.06 * shift[1] - 0.03))
+    rng = np.random.default_rng(case.seed)
     if case.organ == "hand":
         phantom_hand.hand(canvas, rng, case.finding, case.side)
     elif case.organ == "brain":
