@@ -58,14 +58,28 @@ def test_the_tree_in_the_readme_is_the_real_one() -> None:
     assert not [path for path, about in listed.items() if not about], "without a word on what it is"
 
 
-def test_every_command_of_the_documents_exists() -> None:
-    named = set()
+def commands_in_documents() -> set[tuple[str, ...]]:
+    """(program, subcommand or "", options used) of every afya command in a code block or between back quotes."""
+    found = set()
     for document in DOCUMENTS:
-        for code in re.findall(r"```(?:sh|bash)\n(.*?)```|`([^`\n]+)`", document.read_text(encoding="utf-8"), re.S):
-            for match in re.finditer(r"\b(afya-(?:model|server|client|kiosk)) ([a-z][a-z-]+)\b", "".join(code)):
-                named.add(match.groups())
-    wrong = [" ".join(c) for c in sorted(named) if run_help(*c).returncode]
-    assert not wrong, "named in a document, not a command"
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for block, inline in re.findall(r"```(?:sh|bash)\n(.*?)```|`([^`\n]+)`", text, re.S):
+            for line in (block or inline).splitlines():
+                if match := re.match(
+                    r"\s*(?:\.venv/bin/)?(afya-(?:model|server|client|kiosk))\b(?: ([a-z][a-z-]+))?(.*)", line
+                ):
+                    found.add((match[1], match[2] or "", *re.findall(r"--[a-z][a-z-]*", match[3].split("#")[0])))
+    return found
+
+
+def test_every_command_of_the_documents_exists_with_its_options() -> None:
+    wrong = []
+    for program, name, *options in sorted(commands_in_documents()):
+        done = run_help(program, *[name] * bool(name))
+        unknown = [option for option in options if option not in done.stdout]
+        if done.returncode or unknown:
+            wrong.append(" ".join([program, name, *unknown]))
+    assert not wrong, "named in a document, not there"
 
 
 def run_help(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
