@@ -21,7 +21,8 @@ UNSEEN = [name for name, scanner in SCANNERS.items() if not scanner.standard]
 def cases(count: int, scanner: str = "plain", seed: int = 0, **given: object) -> list[phantoms.Case]:
     """Cases with a lesion, without the scanner's random tilt."""
     still = dataclasses.replace(SCANNERS[scanner], tilt=0.0, tilt_spread=0.0)
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[phantoms.Case] = []
     while len(found) < count:
         case = phantoms.draw_case(rng, {scanner: 1.0}, **given)  # type: ignore[arg-type]
         if case.finding is not None:
@@ -103,7 +104,7 @@ def test_as_many_lesions_are_drawn_as_counted(organ: str) -> None:
         assert 0.6 * case.finding.count < all_of_them / one < 1.5 * case.finding.count, case
 
 
-def test_every_lesion_can_be_seen_and_changes_nothing_else() -> None:
+def test_every_lesion_can_be_seen_and_leaves_the_rest_of_the_picture_alone() -> None:
     for case in cases(120):
         area = (changed(case) > 0).mean()
         assert 0.0006 < area < 0.12, case
@@ -120,6 +121,21 @@ def test_every_row_is_a_complete_sample() -> None:
         assert row.question.endswith("?") and "{" not in row.question and "  " not in row.question and row.answer
         assert (row.answer_type == "closed") == (row.answer in ("Yes", "No"))
         assert row.source == "phantoms" and row.history == ()
+
+
+def test_answers_about_sides_agree_with_the_drawn_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions_only(monkeypatch)
+    for row in phantoms.make(400, STANDARD + UNSEEN, seed=9):
+        topic, side = row.meta["topic"], row.meta["side"]
+        other = "right" if side == "left" else "left"
+        if topic in ("side", "hand"):
+            assert row.answer.lower() == side
+        elif topic == "clear":
+            assert row.answer.lower() == other
+        elif topic in ("side closed", "hand closed"):
+            assert (row.answer == "Yes") == (side in row.question), row.question
+        elif topic == "clear closed":
+            assert (row.answer == "Yes") == (other in row.question), row.question
 
 
 def test_all_topics_organs_and_lesions_are_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +201,7 @@ def test_a_scanner_or_clinic_that_does_not_exist_is_refused_with_the_names_there
         phantoms.clinic_samples("nowhere", 1, seed=0)
 
 
-def test_phantoms_need_no_torch(tmp_path: object) -> None:
+def test_phantoms_need_no_torch() -> None:
     code = (
         "import sys; from model import phantoms; phantoms.make(1, ['plain'], 0, 32); assert 'torch' not in sys.modules"
     )
