@@ -64,7 +64,7 @@ bootstrap() {  # the environment, complete; instant when nothing changed
     install_torch
     say "Installing Afya and everything it uses (1 to 3 minutes)"
     # DeepSpeed comes as source: nothing of it is compiled now, only what a training run turns out to need.
-    DS_BUILD_OPS=0 pip_install -e "$ROOT[kiosk,client,server,onnx,dev]" ||
+    DS_BUILD_OPS=0 pip_install -e "$ROOT[kiosk,client,server,dev]" ||
         die "the installation failed (pip's own words are above); mend that and run the same command again, it goes on where it stopped."
     fingerprint >"$stamp"
     say "Installed in $((SECONDS - started)) s"

@@ -1,7 +1,10 @@
 """What an installed Afya consists of: the four packages with recipes and reference model, and nothing else."""
 
+import ast
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import entry_points, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,27 @@ def test_no_test_and_no_data_is_installed(installed: set[str]) -> None:
 
 
 def test_the_four_commands_are_declared() -> None:
-    from importlib.metadata import entry_points
-
     found = {e.name: e.value for e in entry_points(group="console_scripts") if e.name.startswith("afya-")}
     assert found == {f"afya-{package}": f"{package}.cli:main" for package in PACKAGES}
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that `pip install afya[extras]` names, in lower case, without their versions."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return {line.split(">")[0].split("=")[0].lower() for line in lines}
+
+
+@pytest.mark.parametrize("room", [*PACKAGES, "tests"])
+def test_whatever_is_imported_is_declared(room: str) -> None:
+    extras = {"model": [], "tests": ["kiosk", "client", "server", "dev"]}.get(room, [room])
+    providers = packages_distributions()
+    imported = {
+        module.split(".")[0]
+        for path in (ROOT / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    foreign = imported - set(sys.stdlib_module_names) - {*PACKAGES, "tests", ""}
+    assert not {m for m in foreign if not {d.lower() for d in providers.get(m, [])} & declared(*extras)}
