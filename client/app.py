@@ -124,12 +124,12 @@ def _refusal(reason: str) -> RecordDict:
 def _only(records: dict, key: str) -> dict:
     """The one record of its kind, which must be called `key`. Raises Refused."""
     if set(records) != {key}:
-        raise limits.Refused(f"the message must hold exactly one record {key!r} of its kind, it holds {sorted(records)}")
+        raise limits.Refused(f"the message must hold one record {key!r} of its kind, it holds {sorted(records)[:9]}")
     return records[key]
 
 
 def _arrays(record: dict) -> adapters.State:
-    """Decode a message's arrays, each no larger than declared and all together within bounds. Raises AdapterRejected."""
+    """Decode a message's arrays, each as declared and all together within bounds. Raises AdapterRejected."""
     if not 0 < len(record) <= MAX_ARRAYS:
         raise AdapterRejected(f"the message holds {len(record)} arrays")
     total, state = 0, {}

@@ -32,7 +32,7 @@ def _limit(default: Any, meaning: str) -> Any:
 class Limits:
     """The table [client] of afya.toml: name, default, meaning."""
 
-    targets: str = _limit("decoder+projector+tower", "layers an adapter may touch (decoder, projector, tower, or a regex)")
+    targets: str = _limit("decoder+projector+tower", "layers an adapter may touch: these names, or a regex")
     max_rank: int = _limit(64, "largest rank of an adapter")
     max_alpha: float = _limit(128.0, "largest scale (lora_alpha) of an adapter")
     max_steps: int = _limit(500, "most optimizer steps in a round")
@@ -43,6 +43,9 @@ class Limits:
     max_batch: int = _limit(64, "most samples in a step")
     max_seconds: float = _limit(1800.0, "training stops after this many seconds")
     threads: int = _limit(0, "processor threads for training; 0: as the system says")
+
+
+_KINDS: dict[str, type] = {str(kind): kind for kind in (int, float, str)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def read_limits(home: Path) -> Limits:
     """Limits of the clinic, defaults where afya.toml says nothing. Raises SettingsWrong for wrong names and types."""
     table = read_settings(home).get("client", {})
     known = {entry.name: entry for entry in fields(Limits)}
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in table.items():
         if name in CONNECTION:
             continue
@@ -108,10 +111,10 @@ def parse(config: Mapping[str, Any]) -> Request:
         raise Refused(f"the request lacks {lacking[0]!r}")
     values: dict[str, Any] = {}
     for name, entry in known.items():
-        value = config[name]
-        value = float(value) if entry.type is float and type(value) is int else value
-        if type(value) is not entry.type:
-            raise Refused(f"{name} is {value!r:.60}, expected a value of type {entry.type.__name__}")
+        value, kind = config[name], _KINDS[str(entry.type)]
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind:
+            raise Refused(f"{name} is {str(value)[:60]!r}, expected a value of type {kind.__name__}")
         values[entry.name] = value
     return Request(**values)
 

@@ -67,7 +67,7 @@ def module(name: str) -> str:
 
 
 def targets_pattern(targets: str) -> str:
-    """Regular expression of `targets`: names of `TARGETS` joined by "+" ("decoder+projector"), or an expression itself."""
+    """Regular expression of `targets`: names of `TARGETS` joined by "+" ("decoder+tower"), or an expression itself."""
     parts = targets.split("+")
     if all(part in TARGETS for part in parts):
         return "|".join(f"(?:{TARGETS[part]})" for part in parts)
@@ -104,7 +104,7 @@ def check(state: Mapping[str, np.ndarray], spec: AdapterSpec) -> None:
 
 
 def initial(base: Path, rank: int, alpha: float, targets: str, seed: int) -> State:
-    """Start factors for the model in `base`: A uniform in ±1/sqrt(in) from `seed`, B zero, float32, so nothing changes yet.
+    """Start factors for the model in `base`: A uniform in ±1/sqrt(in) from `seed`, B zero (no effect yet), float32.
 
     `alpha` takes no part in the values; it is here so that a caller names the whole adapter in one place.
     Raises AdapterRejected when no linear layer matches `targets` (see `targets_pattern`).
@@ -157,7 +157,7 @@ def _config(spec: AdapterSpec) -> dict[str, Any]:
 
 
 def save(folder: Path, state: Mapping[str, np.ndarray], spec: AdapterSpec) -> None:
-    """Write a PEFT adapter folder, the same bytes for the same arrays. Raises AdapterRejected before writing anything."""
+    """Write a PEFT adapter folder, the same bytes for the same arrays. Raises AdapterRejected before it writes."""
     from safetensors.numpy import save as to_bytes
 
     check(state, spec)
@@ -215,7 +215,7 @@ def state_bytes(state: Mapping[str, np.ndarray]) -> int:
 
 
 def sha256(folder: Path) -> str:
-    """One hash for an adapter folder: configuration and weights; the same arrays give the same hash on every machine."""
+    """One hash of an adapter folder, configuration and weights; the same arrays give the same hash everywhere."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         try:

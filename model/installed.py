@@ -65,12 +65,12 @@ def current(home: Path) -> Path | None:
 
 
 def pointer(home: Path) -> dict[str, Any] | None:
-    """The record of the adapter in use (name, sha256, base_sha256, round, installed_at), or None. Raises AdapterRejected."""
+    """Record of the adapter in use (name, sha256, base_sha256, round, installed_at) or None. Raises AdapterRejected."""
     return _read_pointer(home / "adapters")
 
 
 def rollback(home: Path) -> str | None:
-    """Go back to the adapter before the current one; returns its name, or None when the bare base model is back in use."""
+    """Go back to the adapter before the current one; returns its name, or None when the bare base model is in use."""
     from model import adapters
 
     store = home / "adapters"

@@ -1,4 +1,4 @@
-"""What happens in a federated run, one JSON line each, beside the checkpoints: for people, `afya-server rounds`, the demo."""
+"""What happens in a federated run, one JSON line each, beside the checkpoints: for `afya-server rounds` and people."""
 
 import datetime
 import json

@@ -30,7 +30,8 @@ def evidence(checkpoint: RoundCheckpoint) -> dict[str, Any]:
         "last_round": {"accepted": [asdict(row) for row in checkpoint.accepted]},
         "rejected": [{"round": row["round"], **entry} for row in checkpoint.history for entry in row["rejected"]],
         "loss": [
-            {"round": row["round"], "before": _mean(row, "loss-before"), "after": _mean(row, "loss-after")} for row in rows
+            {"round": row["round"], "before": _mean(row, "loss-before"), "after": _mean(row, "loss-after")}
+            for row in rows
         ],
         "config": checkpoint.config,
     }

@@ -81,7 +81,8 @@ class Federation:
         if found.spec.base_sha256 != base:
             faults.append(f"the base model was {found.spec.base_sha256[:12]}")
         if faults:
-            raise SettingsRejected(f"{self.root} holds rounds of another adapter ({', '.join(faults)}); use another folder.")
+            what = ", ".join(faults)
+            raise SettingsRejected(f"{self.root} holds rounds of another adapter ({what}); use another folder.")
 
     def _round(self, number: int, before: RoundCheckpoint) -> RoundCheckpoint:
         """One round from the state of `before`; its checkpoint is on the disk when this returns."""

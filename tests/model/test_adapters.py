@@ -27,7 +27,9 @@ def small(rank: int = 2, seed: int = 0) -> tuple[adapters.State, adapters.Adapte
 
 @settings(max_examples=25, deadline=None)
 @given(rank=st.integers(1, 5), seed=st.integers(0, 2**32 - 1), alpha=st.sampled_from([1.0, 2.5, 16.0]))
-def test_saved_is_loaded_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, rank: int, seed: int, alpha: float) -> None:
+def test_saved_is_loaded_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, rank: int, seed: int, alpha: float
+) -> None:
     folder = tmp_path_factory.mktemp("adapter")
     state, spec = small(rank, seed)
     spec = replace(spec, alpha=alpha)
@@ -92,7 +94,13 @@ def test_header_that_claims_a_gigabyte_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("r", 3), ("lora_alpha", "x"), ("target_modules", ["lm_head"]), ("peft_type", "LOHA"), ("base_model_name_or_path", "")],
+    [
+        ("r", 3),
+        ("lora_alpha", "x"),
+        ("target_modules", ["lm_head"]),
+        ("peft_type", "LOHA"),
+        ("base_model_name_or_path", ""),
+    ],
 )
 def test_configuration_that_does_not_fit_the_weights_is_refused(tmp_path: Path, key: str, value: object) -> None:
     adapters.save(tmp_path, *small())

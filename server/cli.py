@@ -1,0 +1,186 @@
+"""afya-server: the coordinator's commands. Heavy imports happen inside the commands, so --help answers at once."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from server.train_cli import train
+
+_STATE = click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    default=Path("federation"),
+    show_default=True,
+    help="Folder of this server.",
+)
+_PORT = click.option("--link-port", default=8000, show_default=True, help="Port of the SuperLink, on loopback only.")
+
+
+@click.group()
+@click.version_option(package_name="afya")
+def main() -> None:
+    """Coordinate a federation: train a base, make keys, start the server, run rounds."""
+
+
+def _guard(call: Callable[[], Any]) -> Any:
+    """Run `call`; a known kind of failure becomes one plain sentence and exit code 1."""
+    from model.adapters import AdapterRejected
+    from model.llava import ModelError
+    from model.presets import PresetMissing
+    from server.certs import CertsError
+    from server.link import LinkError
+    from server.settings import SettingsRejected
+
+    try:
+        return call()
+    except (AdapterRejected, ModelError, PresetMissing, CertsError, LinkError, SettingsRejected) as error:
+        raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'A file'}: {error.strerror or error}.") from error
+
+
+@main.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("certs"), show_default=True, help="Folder to fill."
+)
+@click.option("--clinic", "clinics", multiple=True, metavar="NAME", help="A clinic to make a node key for; repeat it.")
+@click.option("--host", "hosts", multiple=True, metavar="NAME", help="Name or address that clinics use; repeat it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list of files as JSON.")
+def certs(out: Path, clinics: tuple[str, ...], hosts: tuple[str, ...], as_json: bool) -> None:
+    """Make the authority, the server's certificate and a key for each clinic; what exists stays as it is."""
+    from server import certs as keys
+
+    written = _guard(lambda: keys.make(out, clinics, hosts or ("localhost", "127.0.0.1", "::1")))
+    if as_json:
+        click.echo(json.dumps([str(path) for path in written]))
+        return
+    for path in written:
+        click.echo(str(path))
+    if clinics:
+        click.echo(f"Hand each clinic its folder under {out / 'clinics'} in person; node.key is its password.")
+
+
+@main.command()
+@click.option("--certs", "folder", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
+@_STATE
+@click.option(
+    "--listen", default="127.0.0.1:8443", show_default=True, metavar="HOST:PORT", help="Where clinics connect."
+)
+@_PORT
+def start(folder: Path, state: Path, listen: str, link_port: int) -> None:
+    """Check everything, then run the SuperLink behind its proxy until interrupted."""
+    from server.link import Link, serve
+
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise click.UsageError(f"--listen {listen!r} is not HOST:PORT.")
+    link = Link(folder.resolve(), state.resolve(), link_port)
+    _guard(lambda: serve(link, (host.strip("[]"), int(port)), lambda text: click.echo(text)))
+
+
+@main.command()
+@click.argument("name")
+@click.argument("public_key", type=click.Path(exists=True, path_type=Path))
+@click.option("--certs", "folder", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
+@_STATE
+@_PORT
+def register(name: str, public_key: Path, folder: Path, state: Path, link_port: int) -> None:
+    """Let a clinic that made its own key take part: its name and its public key file."""
+    from server import link as links
+
+    link = links.Link(folder.resolve(), state.resolve(), link_port)
+    _guard(lambda: links.register(link, name, public_key))
+    click.echo(f"Clinic {name} registered.")
+
+
+@main.command()
+@click.option("--certs", "folder", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
+@_STATE
+@_PORT
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the rounds.  [default: STATE/rounds]")
+@click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="A setting; --list shows them. Repeat it.")
+@click.option("--list", "show", is_flag=True, help="List the settings and end.")
+@click.option("--json", "as_json", is_flag=True, help="Print each event as a JSON line.")
+def rounds(
+    folder: Path, state: Path, link_port: int, out: Path | None, values: tuple[str, ...], show: bool, as_json: bool
+) -> None:
+    """Submit a run to the started server and show its rounds; a stopped run goes on where it was."""
+    from server import link as links
+    from server import settings
+
+    if show:
+        for name, (default, meaning) in settings.names().items():
+            click.echo(f"{name} = {default!r}\n    {meaning}")
+        return
+    link = links.Link(folder.resolve(), state.resolve(), link_port)
+    root = (out or state / "rounds").resolve()
+    config = {"checkpoint-dir": str(root), **dict(_value(text) for text in values)}
+    _guard(lambda: settings.read({**{n: d for n, (d, _) in settings.names().items()}, **config}))
+    _guard(lambda: _follow(link, root, config, as_json))
+
+
+def _value(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as the setting's own type. Raises UsageError."""
+    from server import settings
+
+    name, sign, value = text.partition("=")
+    known = settings.names()
+    if not sign or name not in known:
+        raise click.UsageError(f"--set {text!r}: there is no setting {name!r}; --list shows them.")
+    kind = type(known[name][0])
+    try:
+        return name, kind(value)
+    except ValueError as error:
+        raise click.UsageError(f"--set {text!r}: {value!r} is not of type {kind.__name__}.") from error
+
+
+def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> None:
+    """Submit, then print events as they come until the run has ended. Raises LinkError when it failed."""
+    from server import events
+    from server import link as links
+
+    path = root / events.FILE
+    place = path.stat().st_size if path.exists() else 0
+    run_id = links.submit(link, config)
+    asked = time.monotonic()
+    while True:
+        new, place = events.read(root, place)
+        for event in new:
+            click.echo(json.dumps(event) if as_json else sentence(event))
+            if event["event"] == "finished":
+                return
+        if not new and time.monotonic() - asked > 10:
+            asked = time.monotonic()
+            status = links.run_status(link, run_id)
+            if status.startswith("finished"):
+                log = link.state / "superlink.log"
+                raise links.LinkError(
+                    f"The run ended before its rounds were done ({status}); the end of {log} says why."
+                )
+        time.sleep(0.3)
+
+
+def sentence(event: dict[str, Any]) -> str:
+    """One event of a run as a line for a person."""
+    kind = event.get("event")
+    if kind == "round":
+        return f"Round {event['round']}: training factor {event['factor']} at {', '.join(event['clinics']) or 'nobody'}"
+    if kind == "accepted":
+        loss = f"loss {event.get('loss-before', 0):.3f} -> {event.get('loss-after', 0):.3f}"
+        return f"  {event['clinic']}: {event['examples']} samples, {loss}, {event.get('seconds', 0):.0f} s"
+    if kind in ("rejected", "not-installed"):
+        return f"  {event['clinic']}: {kind}, {event.get('reason') or event.get('detail')}"
+    if kind == "round-done":
+        size = (event["bytes_down"] + event["bytes_up"]) / 1e6
+        return f"  {event['reason']}; {event['seconds']:.0f} s, {size:.1f} MB"
+    if kind == "installed":
+        return f"  {event['clinic']}: installed {event['detail']}"
+    rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("at", "event"))
+    return f"{str(kind).capitalize()}: {rest}"
+
+
+main.add_command(train)

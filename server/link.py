@@ -1,0 +1,275 @@
+"""The SuperLink and the proxy in front of it: checked, started together, and stopped together.
+
+Also the few calls of Flower's own command line that a coordinator needs (register a key, submit a run, its state).
+Everything Flower would send home or install by itself is switched off here. Not here: starting at boot (systemd does).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from model.files import write_atomic
+from server import certs as keys
+
+FLWR = "1.41.0"  # the version whose routes, checks and faults are known here
+UP_SECONDS = 90.0  # longest wait for a SuperLink to answer: 3 s usually, more on a machine that is busy
+SILENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+}
+APP_PACKAGES = ("server", "client")
+
+
+class LinkError(RuntimeError):
+    """The SuperLink cannot be started or used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where a federation's server lives: `certs` and `state` folders, `port` of the SuperLink on loopback."""
+
+    certs: Path
+    state: Path
+    port: int = 8000
+
+    @property
+    def address(self) -> str:
+        """Address of the SuperLink, on this machine only."""
+        return f"127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        """Environment of every Flower process started here."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return {**os.environ, **SILENT, "PATH": path, "FLWR_HOME": str(self.state / "flower")}
+
+    def command(self) -> list[str]:
+        """Command line of the SuperLink with the safe flags."""
+        files = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
+        tls = [word for flag, name in files.items() for word in (f"--ssl-{flag}", str(self.certs / name))]
+        return [
+            program("flower-superlink"),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *tls,
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+            *("--database", str(self.state / "superlink.db")),
+        ]
+
+
+def program(name: str) -> str:
+    """Path of one of Flower's programs, beside this Python. Raises LinkError."""
+    path = Path(sys.executable).parent / name
+    found = str(path) if path.exists() else shutil.which(name)
+    if not found:
+        raise LinkError(f"{name} is not installed; run pip install 'afya[server]'.")
+    return found
+
+
+def faults(link: Link, listen: tuple[str, int]) -> list[str]:
+    """Everything that stands in the way of a start, in plain sentences."""
+    found = keys.check(link.certs)
+    try:
+        if version("flwr") != FLWR:
+            found.append(f"flwr is {version('flwr')}, this version of Afya needs {FLWR}; run pip install flwr=={FLWR}")
+    except PackageNotFoundError:
+        found.append("flwr is not installed; run pip install 'afya[server]'")
+    for host, port in (("127.0.0.1", link.port), listen):
+        if reason := _taken(host, port):
+            found.append(f"{host}:{port} cannot be used ({reason}); stop what uses it or choose another port")
+    return found
+
+
+def _taken(host: str, port: int) -> str:
+    """Why a port cannot be listened on, or an empty string."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return str(error.strerror or error)
+    return ""
+
+
+def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> None:
+    """Run SuperLink and proxy until a signal or until one of them ends. Raises LinkError."""
+    if found := faults(link, listen):
+        raise LinkError("; ".join(found) + ".")
+    link.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    configure(link)
+    with open(link.state / "superlink.log", "ab") as log:
+        child = subprocess.Popen(link.command(), env=link.environment(), stdout=log, stderr=subprocess.STDOUT)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _wait_until_up(link, child)
+        for name in register_all(link):
+            say(f"Clinic {name} registered.")
+        asyncio.run(_serve(link, listen, child, say))
+    except KeyboardInterrupt:
+        say("Stopping.")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _stop(child)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+async def _serve(
+    link: Link, listen: tuple[str, int], child: "subprocess.Popen[bytes]", say: Callable[[str], None]
+) -> None:
+    """The proxy, until it is told to stop or the SuperLink has ended."""
+    from server.proxy import FleetProxy, server
+
+    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt")
+    web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
+    running = asyncio.create_task(web.serve())
+    while not web.started and not running.done():
+        await asyncio.sleep(0.05)
+    say(f"Ready: clinics reach this server at {listen[0]}:{listen[1]}; the Control API stays on {link.address}.")
+    while not running.done():
+        if child.poll() is not None:
+            web.should_exit = True
+            await running
+            raise LinkError(f"The SuperLink has ended (code {child.returncode}); see {link.state / 'superlink.log'}.")
+        await asyncio.wait([running], timeout=0.5)
+    await running
+
+
+def _wait_until_up(link: Link, child: "subprocess.Popen[bytes]") -> None:
+    import ssl
+
+    import httpx
+
+    end = time.monotonic() + UP_SECONDS
+    context = ssl.create_default_context(cafile=str(link.certs / "ca.crt"))
+    with httpx.Client(verify=context, trust_env=False, timeout=5.0) as client:
+        while time.monotonic() < end:
+            if child.poll() is not None:
+                raise LinkError(f"The SuperLink did not start; see {link.state / 'superlink.log'}.")
+            with contextlib.suppress(httpx.TransportError):
+                client.get(f"https://{link.address}/health")
+                return
+            time.sleep(0.2)
+    raise LinkError(f"The SuperLink does not answer after {UP_SECONDS:.0f} s; see {link.state / 'superlink.log'}.")
+
+
+def _stop(child: "subprocess.Popen[bytes]") -> None:
+    child.terminate()
+    try:
+        child.wait(15)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def configure(link: Link) -> None:
+    """Tell Flower's command line, in the server's own FLWR_HOME, where the SuperLink is."""
+    home = link.state / "flower"
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    authority = json.dumps(str((link.certs / "ca.crt").resolve()))
+    lines = ["[superlink]", 'default = "afya"', "", "[superlink.afya]", f'address = "{link.address}"']
+    write_atomic(home / "config.toml", "\n".join([*lines, f"root-certificates = {authority}", ""]).encode())
+
+
+def flwr(link: Link, *arguments: str, seconds: float = 120.0) -> str:
+    """Run one command of Flower's own command line; returns what it printed. Raises LinkError with its words."""
+    command = [program("flwr"), *arguments]
+    try:
+        done = subprocess.run(command, env=link.environment(), capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise LinkError(f"flwr {arguments[0]} has not answered for {seconds:.0f} s; is the server started?") from error
+    if done.returncode:
+        words = " ".join((done.stderr or done.stdout).split())[-400:]
+        raise LinkError(f"flwr {arguments[0]} failed: {words}")
+    return done.stdout
+
+
+def register(link: Link, name: str, public_key: Path) -> None:
+    """Let the clinic with this public key take part. Raises LinkError."""
+    answer = _json(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
+    if answer.get("success") is False:
+        raise LinkError(f"{name} was not registered: {answer.get('error-message', answer)}")
+    known = _registered(link)
+    known[name] = public_key.read_text(encoding="utf-8").strip()
+    write_atomic(link.state / "registered.json", (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+
+
+def register_all(link: Link) -> list[str]:
+    """Register every key under certs/clinics that is not registered yet; returns the names."""
+    known = set(_registered(link).values())
+    new = []
+    for public_key in sorted((link.certs / "clinics").glob("*/node.pub")):
+        if public_key.read_text(encoding="utf-8").strip() not in known:
+            register(link, public_key.parent.name, public_key)
+            new.append(public_key.parent.name)
+    return new
+
+
+def _registered(link: Link) -> dict[str, str]:
+    try:
+        return json.loads((link.state / "registered.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def stage(link: Link) -> Path:
+    """A clean folder with exactly what travels to the clinics: pyproject.toml, server/**/*.py, client/**/*.py."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").exists():
+        raise LinkError(f"{root / 'pyproject.toml'} is not here; install Afya from its repository (pip install -e .).")
+    target = link.state / "bundle" / "afya"
+    shutil.rmtree(target, ignore_errors=True)
+    for package in APP_PACKAGES:
+        for source in sorted((root / package).rglob("*.py")):
+            copy = target / source.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+    shutil.copyfile(root / "pyproject.toml", target / "pyproject.toml")
+    return target
+
+
+def submit(link: Link, config: dict[str, Any]) -> int:
+    """Submit a run with this run configuration; returns its number. Raises LinkError."""
+    folder = stage(link)
+    file = link.state / "bundle" / "run.toml"
+    lines = [f"{name} = {_toml(value)}" for name, value in config.items()]
+    write_atomic(file, ("\n".join(lines) + "\n").encode())
+    answer = _json(flwr(link, "run", str(folder), "--run-config", str(file), "--format", "json"))
+    if not answer.get("success") or "run-id" not in answer:
+        raise LinkError(f"The run was not accepted: {answer.get('error-message', answer)}")
+    return int(answer["run-id"])
+
+
+def run_status(link: Link, run_id: int) -> str:
+    """State of a run in Flower's words: "running", "finished:completed", "finished:failed" and so on."""
+    answer = _json(flwr(link, "list", "--run-id", str(run_id), "--format", "json"))
+    rows = answer.get("runs") or []
+    return str(rows[0].get("status", "unknown")) if rows else "unknown"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (str, bool, int)) else repr(value)
+
+
+def _json(text: str) -> dict[str, Any]:
+    """The JSON object that a Flower command printed, after any notices."""
+    try:
+        return json.loads(text[text.index("{") : text.rindex("}") + 1])
+    except ValueError as error:
+        raise LinkError(f"Flower's answer is not understood: {' '.join(text.split())[:200]}") from error

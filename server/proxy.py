@@ -1,0 +1,167 @@
+"""The only door clinics see: a TLS proxy that passes Flower's Fleet calls to the SuperLink and refuses all else.
+
+Flower's Control API has no login in the open build and shares the SuperLink's port, so the SuperLink listens on
+loopback only and this stands in front. The twelve Fleet calls are listed one by one: no path is ever interpreted.
+Not covered: limiting how often one address may call; put a firewall in front for that.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CALLS = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "register-node",
+        "activate-node",
+        "deactivate-node",
+        "unregister-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; Flower cuts arrays into chunks of 5 MiB
+BODY_SECONDS = 60.0  # longest wait for the next piece of a body: a clinic's line may be slow, not silent
+CONNECTIONS = 64  # open connections at once: with MAX_BODY half a gigabyte at the very worst
+_HOP = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+)
+_NOT_SENT = _HOP | {b"host", b"content-length", b"proxy-authorization", b"proxy-authenticate", b"expect"}
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class _TooLarge(Exception):
+    """The body is larger than `MAX_BODY`."""
+
+
+class _Gone(Exception):
+    """The clinic hung up or fell silent in the middle of a call."""
+
+
+class FleetProxy:
+    """An ASGI application that forwards the Fleet calls to `upstream`, for example https://127.0.0.1:8000."""
+
+    def __init__(self, upstream: str, ca: Path) -> None:
+        self.upstream = upstream.rstrip("/")
+        context = ssl.create_default_context(cafile=str(ca))
+        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
+        timeout = httpx.Timeout(300.0, connect=10.0)
+        self.client = httpx.AsyncClient(verify=context, limits=limits, timeout=timeout, trust_env=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI event: the start and end of the server, or one call."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._call(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                await self.client.aclose()
+                return
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or forward one call: the path must be byte for byte one of `CALLS`, the method POST."""
+        path = scope["raw_path"].split(b"?")[0] if scope.get("raw_path") else scope["path"].encode()
+        known = next((call for call in CALLS if call.encode() == path), None)
+        if known is None or scope["query_string"]:
+            return await _answer(send, 403, "Only the Fleet API is offered here.")
+        if scope["method"] != "POST":
+            return await _answer(send, 405, "Fleet calls are POST calls.")
+        headers = [(key, value) for key, value in scope["headers"] if key.lower() not in _NOT_SENT]
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > MAX_BODY:
+            return await _answer(send, 413, "The body is too large.")
+        try:
+            body = b"".join([piece async for piece in _pieces(receive)])
+        except _TooLarge:
+            return await _answer(send, 413, "The body is too large.")
+        except _Gone:
+            return await _answer(send, 408, "The body did not arrive.")
+        await self._forward(known, headers, body, send)
+
+    async def _forward(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, send: Send) -> None:
+        """Send the call to the SuperLink and stream its answer back; 502 when the SuperLink is not there."""
+        request = self.client.build_request("POST", self.upstream + path, headers=headers, content=body)
+        try:
+            answer = await self.client.send(request, stream=True)
+        except httpx.HTTPError:
+            return await _answer(send, 502, "The SuperLink does not answer.")
+        try:
+            kept = [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+            async for piece in answer.aiter_raw():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            await answer.aclose()
+
+
+async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
+    """Pieces of a call's body, never more than `MAX_BODY` in all. Raises _TooLarge and _Gone."""
+    total = 0
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), BODY_SECONDS)
+        except TimeoutError as error:
+            raise _Gone from error
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        total += len(message.get("body", b""))
+        if total > MAX_BODY:
+            raise _TooLarge
+        yield message.get("body", b"")
+        if not message.get("more_body", False):
+            return
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text)).encode())]
+    if status in (408, 413):
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def server(app: FleetProxy, host: str, port: int, certificate: Path, key: Path) -> Any:
+    """A uvicorn server, not yet running, that offers `app` over TLS 1.3 only."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        ssl_certfile=str(certificate),
+        ssl_keyfile=str(key),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        limit_concurrency=CONNECTIONS,
+        ws="none",
+    )
+    config.load()
+    if config.ssl is None:
+        raise ValueError("The proxy does not run without TLS.")
+    config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    return uvicorn.Server(config)
