@@ -1,10 +1,11 @@
 """The consent gate: keeps $AFYA_HOME/training/ equal to what was reviewed and may be used for training, and no more.
 
 A turn's files are there if and only if the turn was confirmed or corrected, the latest consent of its case is
-"training", and the picture is not marked as having writing burned into it. Order makes this safe at every instant: what
+"training", and nothing in it looks like it names a person (`held_back`). Order makes this safe at every instant: what
 must go is deleted *before* the withdrawal is saved, what may come is written *after* the consent is saved; a crash in
 between leaves too little, never too much, and `reconcile` on the next start adds what is missing. The training client
-reads the folder and never this database. Does not cover finding names in free text: staff must not type them.
+reads the folder and never this database. Does not cover names that `model.deid` does not recognise in a text, nor
+writing in a picture that the person who looked at it did not see.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kiosk import queries
 from kiosk.records import Trainable
 from kiosk.store import CaseStore, StoreError
+from model.deid import identifiers, training_use
 from model.files import sync_folder, write_atomic
 
 FOLDER = "training"
@@ -34,13 +36,16 @@ class Changes:
     damaged: tuple[int, ...] = ()
 
 
-def set_consent(store: CaseStore, home: Path, case_id: int, state: str, author: str) -> None:
-    """Save a consent decision and bring the folder in line at once; a withdrawal removes the files first."""
+def set_consent(store: CaseStore, home: Path, case_id: int, state: str, author: str, looked: bool = False) -> None:
+    """Save a consent decision and bring the folder in line at once; a withdrawal removes the files first.
+
+    `looked` says that the author saw no name written in the picture; where `needs_look`, nothing leaves without it.
+    """
     with _folder(home) as folder:
-        if state != "training":
+        if state != "training" or not looked:
             _remove(folder, {_sample_id(row) for row in queries.trainable(store, case_id)})
             _drop_unused_images(folder)
-        store.add_consent(case_id, state, author)
+        store.add_consent(case_id, state, author, looked)
         _write(store, folder, queries.trainable(store, case_id))
 
 
@@ -50,10 +55,8 @@ def review(
     """Save a verdict and bring the folder in line at once; files of the earlier verdict are removed first."""
     with _folder(home) as folder:
         case_id = queries.turn(store, turn_id).case_id
-        gone = {_sample_id(row) for row in queries.trainable(store, case_id) if row.turn_id == turn_id}
-        if verdict == "rejected":
-            _remove(folder, gone)
-            _drop_unused_images(folder)
+        _remove(folder, {_sample_id(row) for row in queries.trainable(store, case_id) if row.turn_id == turn_id})
+        _drop_unused_images(folder)
         store.review(turn_id, verdict, author, correction)
         _write(store, folder, queries.trainable(store, case_id))
 
@@ -72,6 +75,25 @@ def reconcile(store: CaseStore, home: Path) -> Changes:
         written = _write(store, folder, rows)
         _drop_unused_images(folder)
         return Changes(written, removed, len(wanted), tuple(sorted(damaged)))
+
+
+def needs_look(kind: str, fields: Mapping[str, str | int | float]) -> bool:
+    """Whether a person has to look for a name in the picture: photographs, and kinds of study that often carry one."""
+    return kind != "DICOM" or training_use(fields).verdict == "ask"
+
+
+def held_back(row: Trainable) -> str | None:
+    """Why a reviewed and consented turn may not be used, as a sentence for the screen; None when it may."""
+    fields = json.loads(row.fields)
+    if training_use(fields).verdict == "refuse":
+        return training_use(fields).sentence
+    if needs_look(row.format, fields) and not row.looked:
+        return "Nobody has looked yet whether a name is written in the picture."
+    for what, text in (("question", row.question), ("answer", row.answer)):
+        if found := identifiers(text):
+            part = text[found[0].start : found[0].end]
+            return f"The {what} seems to name a person or a date ({part}), so it is not used."
+    return None
 
 
 def answer_type(question: str, answer: str) -> str:
@@ -100,8 +122,8 @@ def _sample_id(row: Trainable) -> str:
 
 
 def _may_leave(row: Trainable) -> bool:
-    """False for a picture whose header says that text, perhaps a name, is burned into the pixels."""
-    return str(json.loads(row.fields).get("BurnedInAnnotation", "")).upper() != "YES"
+    """Whether nothing about a reviewed and consented turn holds it back."""
+    return held_back(row) is None
 
 
 def _readable(store: CaseStore, case_id: int) -> bool:

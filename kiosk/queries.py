@@ -12,7 +12,7 @@ from kiosk.records import Case, Consent, Trainable, Turn
 from kiosk.store import CaseStore, StoreError
 
 # The latest consent of each case: what counts.
-_LATEST = "select case_id, state, at from consents where id in (select max(id) from consents group by case_id)"
+_LATEST = "select case_id, state, looked, at from consents where id in (select max(id) from consents group by case_id)"
 
 
 def case(store: CaseStore, case_id: int) -> Case:
@@ -98,7 +98,8 @@ def _fold(text: str) -> str:
 def trainable(store: CaseStore, case_id: int | None = None) -> list[Trainable]:
     """Reviewed turns (confirmed or corrected) of cases whose latest consent is "training", of one case or of all."""
     sql = (
-        "select t.id turn_id, t.case_id, t.question, c.image_sha256, c.fields, latest.at consented_at,"
+        "select t.id turn_id, t.case_id, t.question, c.image_sha256, c.format, c.fields,"
+        " latest.at consented_at, latest.looked,"
         " case t.verdict when 'corrected' then t.correction else t.answer end answer"
         f" from turns t join cases c on c.id = t.case_id join ({_LATEST}) latest on latest.case_id = c.id"
         " where t.status = 'answered' and t.verdict in ('confirmed', 'corrected') and latest.state = 'training'"

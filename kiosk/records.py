@@ -77,10 +77,14 @@ class Turn(_Row):
 
 @dataclass(frozen=True)
 class Consent(_Row):
-    """One decision about one case. The latest row of a case counts; earlier ones stay as history."""
+    """One decision about one case. The latest row of a case counts; earlier ones stay as history.
+
+    `looked`: the author also looked at the picture and saw no name written in it.
+    """
 
     case_id: int
     state: str  # none, care, training
+    looked: int
     author: str
     at: str
 
@@ -123,5 +127,7 @@ class Trainable(_Row):
     question: str
     answer: str
     image_sha256: str
-    consented_at: str
+    format: str
     fields: str
+    consented_at: str
+    looked: int

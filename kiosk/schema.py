@@ -65,6 +65,7 @@ create table consents (
     id integer primary key autoincrement,
     case_id integer not null references cases (id),
     state text not null check (state in ('none', 'care', 'training')),
+    looked integer not null check (looked in (0, 1)),
     author text not null check (length(author) > 0),
     at text not null
 ) strict;

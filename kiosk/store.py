@@ -174,12 +174,13 @@ class CaseStore:
             if not changed:
                 raise StoreError("This was not saved: the question has no answer yet; ask it again first.")
 
-    def add_consent(self, case_id: int, state: str, author: str) -> None:
+    def add_consent(self, case_id: int, state: str, author: str, looked: bool = False) -> None:
         """Append a consent decision. Screens go through `export.set_consent`, which keeps the training folder true."""
         if state not in CONSENTS:
             raise StoreError(f"This was not saved: consent is one of {', '.join(CONSENTS)}.")
         with self._writing() as db:
-            _insert(db, "consents", {"case_id": case_id, "state": state, "author": author, "at": now()})
+            row = {"case_id": case_id, "state": state, "looked": int(looked), "author": author, "at": now()}
+            _insert(db, "consents", row)
 
     def log_memory(self, event: str, rss_bytes: int, **measured: Any) -> None:
         """Append one measurement; `measured` are other columns of `memory_log`."""

@@ -169,7 +169,7 @@ def _question_box() -> str | None:
 
 def describe(kind: str, frame: int, frames: int, fields: Any) -> str:
     """One line about where a picture comes from, with the words a header uses: modality, body part, picture k of n."""
-    parts = [str(fields[name]) for name in ("Modality", "BodyPartExamined", "Laterality") if fields.get(name)]
+    parts = [str(fields[name]) for name in ("modality", "body_part", "view_position", "laterality") if fields.get(name)]
     parts.append(kind)
     if frames > 1:
         parts.append(f"picture {frame + 1} of {frames}")

@@ -6,9 +6,9 @@ a second opinion: the latest verdict of anyone counts, and only the latest is ke
 
 import streamlit as st
 
-from kiosk import export, views
+from kiosk import export, queries, views
 from kiosk.desk import Desk
-from kiosk.records import Case, Turn
+from kiosk.records import Case, Consent, Turn
 
 
 def answer(desk: Desk, turn: Turn, author: str) -> None:
@@ -100,33 +100,50 @@ def _set(name: str, value: int | None) -> None:
 
 
 def consent(desk: Desk, case: Case, author: str) -> None:
-    """Ask once per case; show what was said, by whom, and the way back."""
+    """Ask once per case; show what was said, by whom, what keeps an answer out, and the way back."""
     with st.container(border=True):
         st.markdown("**May this case improve the model?** The picture stays in this clinic.")
         latest = case.consents[-1] if case.consents else None
-        if latest is None or latest.state == "none":
-            with st.container(horizontal=True):
-                _consent_button(desk, case, author, "training", "Yes, use it", ":material/volunteer_activism:")
-                _consent_button(desk, case, author, "care", "No", ":material/block:")
-            st.caption("Ask the patient. Only answers you confirmed or corrected are used.")
+        if latest is not None and latest.state == "training":
+            with st.container(horizontal=True, vertical_alignment="center"):
+                st.markdown(f":green[:material/check_circle: Yes], {_recorded(latest)}", width="content")
+                _decision(desk, case, author, "care", "Withdraw", ":material/undo:")
+            _what_is_used(desk, case)
             return
-        words = f"recorded by {latest.author}, {views.when(latest.at)}"
-        with st.container(horizontal=True, vertical_alignment="center"):
-            if latest.state == "training":
-                st.markdown(f":green[:material/check_circle: Yes], {words}", width="content")
-                _consent_button(desk, case, author, "care", "Withdraw", ":material/undo:")
-            else:
-                st.markdown(f":material/block: No, {words}", width="content")
-                _consent_button(desk, case, author, "training", "Change to yes", ":material/volunteer_activism:")
-        if latest.state == "training" and not any(turn.verdict in ("confirmed", "corrected") for turn in case.turns):
-            st.caption("Nothing is used yet: confirm or correct an answer first.")
+        if latest is not None and latest.state == "care":
+            st.markdown(f":material/block: No, {_recorded(latest)}")
+        looked = True
+        if export.needs_look(case.format, case.fields):
+            looked = st.checkbox("I looked: no name is written in the picture.", key=f"looked_{case.id}")
+        with st.container(horizontal=True):
+            yes = "Yes, use it" if latest is None else "Change to yes"
+            _decision(desk, case, author, "training", yes, ":material/volunteer_activism:", looked)
+            if latest is None:
+                _decision(desk, case, author, "care", "No", ":material/block:")
+        st.caption("Ask the patient first. Only answers you confirmed or corrected are used.")
 
 
-def _consent_button(desk: Desk, case: Case, author: str, state: str, label: str, icon: str) -> None:
-    st.button(
-        label,
-        icon=icon,
-        key=f"consent_{state}_{case.id}",
-        on_click=export.set_consent,
-        args=(desk.store, desk.home, case.id, state, author),
-    )
+def _recorded(latest: Consent) -> str:
+    return f"recorded by {latest.author}, {views.when(latest.at)}"
+
+
+def _what_is_used(desk: Desk, case: Case) -> None:
+    """How many answers of a consented case are used now, and why the others are not."""
+    rows = queries.trainable(desk.store, case.id)
+    reasons = [reason for row in rows if (reason := export.held_back(row))]
+    used = len(rows) - len(reasons)
+    if not rows:
+        st.caption("Nothing is used yet: confirm or correct an answer first.")
+    elif used:
+        st.caption(f"{used} checked answer{'s' if used > 1 else ''} of this case will be used.")
+    for reason in dict.fromkeys(reasons):
+        st.warning(views.plain(reason))
+
+
+def _decision(
+    desk: Desk, case: Case, author: str, state: str, label: str, icon: str, looked: bool | None = None
+) -> None:
+    """A button that records a decision; with `looked` False it cannot be pressed yet."""
+    args = (desk.store, desk.home, case.id, state, author, bool(looked))
+    key = f"consent_{state}_{case.id}"
+    st.button(label, icon=icon, key=key, disabled=looked is False, on_click=export.set_consent, args=args)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from tests.kiosk.conftest import picture
 from tests.kiosk.fakes import answer
 
 BRIGHTNESS = (40, 200)  # two pictures only, so that cases share one
+QUESTIONS = st.sampled_from(["Is it bright?", "Is it bright?", "Is the lung of Mrs Achieng bright?"])
+MOSTLY = st.sampled_from([True, True, True, False])
 
 
 class PowerCut(BaseException):
@@ -55,7 +58,7 @@ def test_a_correction_with_consent_becomes_a_sample_the_client_reads(store: Case
     case_id, turn_id = reviewed(store, afya_home)
     export.review(store, afya_home, turn_id, "corrected", "NA", "no, dark")
     assert export.reconcile(store, afya_home).samples == 0
-    export.set_consent(store, afya_home, case_id, "training", "NA")
+    export.set_consent(store, afya_home, case_id, "training", "NA", True)
     (sample,) = read_training(afya_home / "training")
     assert (sample.question, sample.answer, sample.answer_type) == ("Is it bright?", "no, dark", "open")
     assert isinstance(sample.image, Path) and sample.image.read_bytes() == picture(200).png
@@ -67,7 +70,7 @@ def test_withdrawal_removes_the_files_before_it_is_saved(
     store: CaseStore, afya_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case_id, _ = reviewed(store, afya_home)
-    export.set_consent(store, afya_home, case_id, "training", "NA")
+    export.set_consent(store, afya_home, case_id, "training", "NA", True)
     assert len(names(afya_home)) == len(image_names(afya_home)) == 1
     seen: list[set[str]] = []
     save = store.add_consent
@@ -82,7 +85,7 @@ def test_a_picture_two_cases_share_stays_until_the_last_withdraws(store: CaseSto
     first, _ = reviewed(store, afya_home)
     second, _ = reviewed(store, afya_home)
     for case_id in (first, second):
-        export.set_consent(store, afya_home, case_id, "training", "NA")
+        export.set_consent(store, afya_home, case_id, "training", "NA", True)
     assert len(names(afya_home)) == 2 and len(image_names(afya_home)) == 1
     export.set_consent(store, afya_home, first, "care", "NA")
     assert len(names(afya_home)) == 1 and len(image_names(afya_home)) == 1
@@ -90,15 +93,46 @@ def test_a_picture_two_cases_share_stays_until_the_last_withdraws(store: CaseSto
     assert not names(afya_home) and not image_names(afya_home)
 
 
-def test_writing_burned_into_the_picture_keeps_it_out(store: CaseStore, afya_home: Path) -> None:
-    case_id, _ = reviewed(store, afya_home, BurnedInAnnotation="YES")
-    export.set_consent(store, afya_home, case_id, "training", "NA")
-    assert not names(afya_home) and not image_names(afya_home) and export.reconcile(store, afya_home).samples == 0
+@pytest.mark.parametrize(
+    ("kind", "fields", "looked", "leaves"),
+    [
+        ("DICOM", {"modality": "CT"}, False, True),
+        ("DICOM", {"modality": "CT", "burned_in_annotation": "YES"}, True, False),
+        ("DICOM", {"modality": "US"}, False, False),
+        ("DICOM", {"modality": "US"}, True, True),
+        ("DICOM", {"modality": "US", "burned_in_annotation": "NO"}, False, True),
+        ("JPEG", {}, False, False),
+        ("JPEG", {}, True, True),
+    ],
+)
+def test_writing_in_the_picture_keeps_it_out(
+    store: CaseStore, afya_home: Path, kind: str, fields: dict[str, str | int | float], looked: bool, leaves: bool
+) -> None:
+    case_id, turn_id = store.add_case(replace(picture(200), format=kind, fields=fields), "NA", "Is it bright?")
+    store.answer_turn(turn_id, answer("yes"))
+    export.review(store, afya_home, turn_id, "confirmed", "NA")
+    export.set_consent(store, afya_home, case_id, "training", "NA", looked)
+    assert len(names(afya_home)) == len(image_names(afya_home)) == export.reconcile(store, afya_home).samples == leaves
+    (row,) = queries.trainable(store)
+    assert (export.held_back(row) is None) == leaves
+    export.set_consent(store, afya_home, case_id, "training", "NA", False)  # said again, without having looked
+    assert len(names(afya_home)) == (leaves and not export.needs_look(kind, fields))
+
+
+def test_a_name_in_a_question_or_correction_keeps_it_out(store: CaseStore, afya_home: Path) -> None:
+    case_id, turn_id = reviewed(store, afya_home)
+    export.set_consent(store, afya_home, case_id, "training", "NA", True)
+    export.review(store, afya_home, turn_id, "corrected", "NA", "same as Mrs Achieng in 12/03/2024")
+    assert not names(afya_home) and not image_names(afya_home)
+    (row,) = queries.trainable(store)
+    assert "seems to name a person" in (export.held_back(row) or "")
+    export.review(store, afya_home, turn_id, "corrected", "NA", "a nodule")
+    assert len(names(afya_home)) == 1
 
 
 def test_reconcile_repairs_what_a_hand_or_a_crash_left(store: CaseStore, afya_home: Path) -> None:
     case_id, _ = reviewed(store, afya_home)
-    export.set_consent(store, afya_home, case_id, "training", "NA")
+    export.set_consent(store, afya_home, case_id, "training", "NA", True)
     folder = afya_home / "training"
     (folder / "samples" / "case-9-turn-9.json").write_text('{"image": "images/x.png"}')
     (folder / "samples" / "notes.txt").write_text("left here")
@@ -115,7 +149,7 @@ def test_a_damaged_picture_stays_out_and_stops_nothing(store: CaseStore, afya_ho
     case_id, _ = reviewed(store, afya_home)
     other, _ = reviewed(store, afya_home, 40)
     for number in (case_id, other):
-        export.set_consent(store, afya_home, number, "training", "NA")
+        export.set_consent(store, afya_home, number, "training", "NA", True)
     with store.reading() as db:
         db.execute("update cases set image = zeroblob(9) where id = ?", [case_id])
     changes = export.reconcile(store, afya_home)
@@ -153,6 +187,8 @@ class ConsentHistories(RuleBasedStateMachine):
         with self.store.reading() as db:
             db.execute("pragma synchronous = off")
         export.reconcile(self.store, self.home)
+        case_id, _ = reviewed(self.store, self.home, burned_in_annotation="NO")
+        export.set_consent(self.store, self.home, case_id, "training", "NA", True)
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -163,9 +199,9 @@ class ConsentHistories(RuleBasedStateMachine):
         with self.store.reading() as db:
             return [(row["case_id"], row["id"]) for row in db.query("select id, case_id from turns")]
 
-    @rule(brightness=st.sampled_from(BRIGHTNESS), burned=st.sampled_from(["", "YES"]))
-    def ask(self, brightness: int, burned: str) -> None:
-        _, turn_id = self.store.add_case(picture(brightness, BurnedInAnnotation=burned), "NA", "Is it bright?")
+    @rule(brightness=st.sampled_from(BRIGHTNESS), burned=st.sampled_from(["NO", "YES"]), question=QUESTIONS)
+    def ask(self, brightness: int, burned: str, question: str) -> None:
+        _, turn_id = self.store.add_case(picture(brightness, burned_in_annotation=burned), "NA", question)
         self.store.answer_turn(turn_id, answer("yes"))
 
     @rule(data=st.data(), answered=st.booleans())
@@ -175,17 +211,25 @@ class ConsentHistories(RuleBasedStateMachine):
             if answered:
                 self.store.answer_turn(turn_id, answer("no"))
 
-    @rule(data=st.data(), state=st.sampled_from(["training", "training", "care", "none"]), cut=st.booleans())
-    def decide(self, data: st.DataObject, state: str, cut: bool) -> None:
+    @rule(
+        data=st.data(),
+        state=st.sampled_from(["training", "training", "care", "none"]),
+        looked=MOSTLY,
+        cut=st.booleans(),
+    )
+    def decide(self, data: st.DataObject, state: str, looked: bool, cut: bool) -> None:
         if turns := self.turns():
             case_id, _ = data.draw(st.sampled_from(turns))
-            self.perhaps_cut(cut, data, lambda: export.set_consent(self.store, self.home, case_id, state, "NA"))
+            args = (self.store, self.home, case_id, state, "NA", looked)
+            self.perhaps_cut(cut, data, lambda: export.set_consent(*args))
 
     @rule(data=st.data(), verdict=st.sampled_from(["confirmed", "corrected", "rejected"]), cut=st.booleans())
     def judge(self, data: st.DataObject, verdict: str, cut: bool) -> None:
         if turns := self.turns():
             _, turn_id = data.draw(st.sampled_from(turns))
-            words = data.draw(st.sampled_from(["left", "right"])) if verdict == "corrected" else None
+            words = (
+                data.draw(st.sampled_from(["left", "right", "as with Mrs Achieng"])) if verdict == "corrected" else None
+            )
             if queries.turn(self.store, turn_id).status != "answered":
                 with pytest.raises(StoreError):
                     export.review(self.store, self.home, turn_id, verdict, "NA", words)
@@ -228,7 +272,8 @@ class ConsentHistories(RuleBasedStateMachine):
 
     def no_sample_without_consent(self) -> None:
         """Even in the moment of the cut nothing is there that may not be."""
-        allowed = {f"case-{row.case_id}-turn-{row.turn_id}" for row in queries.trainable(self.store)}
+        rows = [row for row in queries.trainable(self.store) if export.held_back(row) is None]
+        allowed = {f"case-{row.case_id}-turn-{row.turn_id}" for row in rows}
         assert names(self.home) <= allowed
 
     @invariant()
@@ -238,10 +283,14 @@ class ConsentHistories(RuleBasedStateMachine):
         expected, pictures = {}, set()
         for case_id in {case_id for case_id, _ in self.turns()}:  # the rule in plain Python, not in the store's SQL
             case = queries.case(self.store, case_id)
-            if not case.consents or case.consents[-1].state != "training" or case.fields["BurnedInAnnotation"] == "YES":
+            latest = case.consents[-1] if case.consents else None
+            if latest is None or latest.state != "training" or not latest.looked:
+                continue
+            if case.fields["burned_in_annotation"] == "YES":
                 continue
             for turn in case.turns:
-                if turn.status == "answered" and turn.verdict in ("confirmed", "corrected"):
+                checked = turn.status == "answered" and turn.verdict in ("confirmed", "corrected")
+                if checked and "Achieng" not in turn.question + turn.final_answer:
                     expected[f"case-{case.id}-turn-{turn.id}"] = turn.final_answer
                     pictures.add(f"{case.image_sha256}.png")
         samples = read_training(self.home / "training")

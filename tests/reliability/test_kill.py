@@ -33,7 +33,7 @@ def test_nothing_acknowledged_is_lost(aftermath: tuple[Path, list[tuple[str, int
     cases = {case.id: case for case in queries.search(store, queries.Filter(), limit=10**6)}
     turns = {turn.id: turn for case in cases.values() for turn in case.turns}
     promised = {what: [number for kind, number in promises if kind == what] for what, _ in promises}
-    assert len(promised["case"]) > KILLS  # the writers did get somewhere
+    assert len(promised["case"]) >= KILLS  # the writers did get somewhere
     assert [number for number in promised["case"] if number not in cases] == []
     assert [number for number in promised["answer"] if turns[number].answer != "yes"] == []
     withdrawn = set(promised.get("care", []))

@@ -20,14 +20,14 @@ from tests.kiosk.conftest import picture
 from tests.kiosk.fakes import answer
 
 
-def write_for_ever(home: Path, seed: int) -> None:
-    """Ask, answer, review, consent, withdraw; say what is done only when the store says so."""
+def write_for_ever(home: Path, seed: int, out: int) -> None:
+    """Ask, answer, review, consent, withdraw; say on `out` what is done only when the store says so."""
     chance = random.Random(seed)
     store = CaseStore(home / "kiosk.db")
     export.reconcile(store, home)
 
     def promise(what: str, number: int) -> None:
-        os.write(1, f"{what} {number}\n".encode())
+        os.write(out, f"{what} {number}\n".encode())
 
     while True:
         case_id, turn_id = store.add_case(picture(chance.randrange(20, 250)), "NA", "Is it bright?")
@@ -35,7 +35,7 @@ def write_for_ever(home: Path, seed: int) -> None:
         store.answer_turn(turn_id, answer("yes"))
         promise("answer", turn_id)
         export.review(store, home, turn_id, "confirmed", "NA")
-        export.set_consent(store, home, case_id, "training", "NA")
+        export.set_consent(store, home, case_id, "training", "NA", True)
         promise("training", case_id)
         if chance.random() < 0.5:
             export.set_consent(store, home, case_id, "care", "NA")
@@ -43,21 +43,30 @@ def write_for_ever(home: Path, seed: int) -> None:
 
 
 def main(home: Path, kills: int, seed: int) -> None:
-    """Fork a writer and kill it at a random moment, `kills` times; print `killed N` after each."""
+    """Fork a writer and kill it at a random moment after a few promises, `kills` times; pass its promises on."""
     chance = random.Random(seed)
     for number in range(kills):
+        heard, told = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                write_for_ever(home, seed + number)
+                write_for_ever(home, seed + number, told)
             finally:
                 os._exit(1)  # it never ends by itself: an error must not go on as a second parent
-        time.sleep(chance.uniform(0.02, 0.25))
+        os.close(told)
+        promises = b""
+        wanted = chance.randrange(1, 9)
+        while promises.count(b"\n") < wanted and (more := os.read(heard, 4096)):
+            promises += more
+        time.sleep(chance.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        while more := os.read(heard, 4096):
+            promises += more
+        os.close(heard)
         if not os.WIFSIGNALED(status):
             sys.exit("the writer ended by itself")
-        os.write(1, f"killed {number + 1}\n".encode())
+        os.write(1, promises + f"killed {number + 1}\n".encode())
 
 
 if __name__ == "__main__":
