@@ -68,7 +68,8 @@ def greedy(
     """Decode all prompts together, yielding after each position the tokens chosen for the rows still active.
 
     `features[owners[i]]` replaces the image tokens of `prompts[i]`; row i ends with its end-of-sequence token or after
-    `limits[i]` tokens. Ids from `vocabulary` on are padding of the table, never text. No gradient state leaks to the caller between two positions.
+    `limits[i]` tokens. Ids from `vocabulary` on are padding of the table, never text. Between two positions the caller
+    is in its own gradient mode.
     """
     rows = _prefill(core, features, owners, prompts)
     ends, banned = _special(core, vocabulary)
@@ -97,22 +98,40 @@ def _special(core: Any, vocabulary: int) -> tuple[set[int], list[int]]:
 
 
 def _prefill(core: Any, features: Any, owners: Sequence[int], prompts: Sequence[Sequence[int]]) -> Rows:
-    """Left-pad the prompts, put the pictures in, and run the decoder over all of it once."""
+    """Run the decoder over the prompts once: the part up to the picture once for each picture, then each row's rest.
+
+    The rests are padded on the left, so the last position of every row is its last token. Between picture and rest
+    the mask has a gap, the positions have none.
+    """
     import torch
     from transformers import DynamicCache
 
-    length = max(map(len, prompts))
+    head = _shared_head(core, prompts)
+    rests = [list(prompt[len(head) :]) for prompt in prompts]
+    length = max(map(len, rests))
     pad = core.config.text_config.pad_token_id or 0
-    ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=core.device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=core.device)
     with torch.no_grad():
-        embedded = core.get_input_embeddings()(ids)
-        chosen = features[torch.tensor(list(owners), device=core.device)].to(embedded)
+        table, device = core.get_input_embeddings(), core.device
+        places = torch.tensor(list(owners), device=device)
+        ids = torch.tensor([head] * len(features), device=device)
         where = (ids == core.config.image_token_id).unsqueeze(-1)
-        embedded = embedded.masked_scatter(where, chosen)
+        embedded = table(ids)
         cache = DynamicCache(config=core.config.text_config)
-        hidden = _decoder(core, embedded, mask, cache)
+        _decoder(core, embedded.masked_scatter(where, features.to(embedded)), torch.ones_like(ids), cache)
+        cache.batch_select_indices(places)
+        ids = torch.tensor([[pad] * (length - len(rest)) + rest for rest in rests], device=device)
+        mask = torch.tensor([[0] * (length - len(rest)) + [1] * len(rest) for rest in rests], device=device)
+        mask = torch.cat([mask.new_ones(len(rests), len(head)), mask], 1)
+        hidden = _decoder(core, table(ids), mask, cache)
     return Rows(list(range(len(prompts))), mask, cache, hidden, [0] * len(prompts))
+
+
+def _shared_head(core: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The ids up to the last image token, which are the same for all prompts of one template."""
+    heads = {tuple(p[: len(p) - list(reversed(p)).index(core.config.image_token_id)]) for p in prompts}
+    if len(heads) != 1:
+        raise ValueError("prompts of one batch must begin alike up to the picture")
+    return list(heads.pop())
 
 
 def _decoder(core: Any, embedded: Any, mask: Any, cache: Any) -> Any:

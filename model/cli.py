@@ -1,0 +1,211 @@
+"""`afya-model`: ask a model about an image, evaluate it on a dataset, list what is on this machine.
+
+Only click is imported here; each command imports what it needs when it runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+NOTICE = "Decision support, not a diagnosis."
+_FILE = click.Path(path_type=Path)
+_BITS = click.Choice(["32", "16", "8", "4"])
+
+
+def plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the named failures of `model` into one sentence and exit code 1; anything else stays a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from model.adapters import AdapterRejected
+        from model.data import DataError
+        from model.images import ImageRejected
+        from model.metrics import ScoreError
+        from model.presets import PresetMissing
+
+        named: tuple[type[Exception], ...] = (AdapterRejected, DataError, ImageRejected, ScoreError, PresetMissing)
+        try:
+            command(*args, **kwargs)
+        except named as error:
+            raise click.ClickException(str(error)) from error
+        except (RuntimeError, ValueError) as error:
+            if type(error).__name__ not in ("ModelError", "RequestRefused", "EvaluationError"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+def base(model: Path | None) -> Path:
+    """The model folder asked for, or the reference model that comes with Afya."""
+    from model import presets
+
+    return model if model is not None else presets.reference_path()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="afya")
+def main() -> None:
+    """Ask, evaluate and list quantized medical vision-language models. Nothing leaves this machine."""
+
+
+@main.command()
+@click.argument("image", type=_FILE)
+@click.argument("question")
+@click.option("--bits", type=_BITS, default="4", show_default=True, help="Bits per weight.")
+@click.option("--model", type=_FILE, help="Model folder [default: the reference model].")
+@click.option("--adapter", type=_FILE, help="LoRA adapter folder to put beside the model.")
+@click.option("--device", help="cpu, cuda or cuda:N [default: cuda where there is one].")
+@click.option("--frame", type=int, help="Frame of a multi-frame image [default: the middle one].")
+@click.option("--max-new-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@plainly
+def ask(
+    image: Path,
+    question: str,
+    bits: str,
+    model: Path | None,
+    adapter: Path | None,
+    device: str | None,
+    frame: int | None,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Ask QUESTION about IMAGE (PNG, JPEG, TIFF, WebP or DICOM) and say how the answer came about."""
+    from model import images
+
+    folder = base(model)
+    picture = images.read(image, frame=frame)  # a bad image is refused before the model is loaded
+    from model.backends import Answer, Request, Token, TorchBackend
+
+    backend = TorchBackend(folder, int(bits), adapter, device)
+    answer: Answer | None = None
+    for item in backend.generate([Request(picture.rgb, question, max_new_tokens=max_new_tokens)]):
+        if isinstance(item, tuple):
+            answer = item[1]
+        elif isinstance(item, Token) and not as_json:
+            click.echo(item.text, nl=False)
+            sys.stdout.flush()
+    assert answer is not None  # one request always ends with one answer
+    if as_json:
+        facts = {**dataclasses.asdict(answer), "tokens_per_second": speed(answer), "static_bytes": backend.static_bytes}
+        picture_facts = {"format": picture.format, "frames": picture.frames, "frame": picture.frame}
+        click.echo(json.dumps({"question": question, **facts, "image": picture_facts, "notice": NOTICE}))
+        return
+    click.echo("" if answer.text else "(the model gave no text)")
+    click.echo(f"\n{describe(answer, backend.static_bytes)}\n{NOTICE}")
+
+
+def speed(answer: Any) -> float | None:
+    """Tokens per second after the first one; None for an answer of a single token."""
+    spent = answer.seconds - answer.first_token_seconds
+    return round((answer.tokens - 1) / spent, 2) if answer.tokens > 1 and spent > 0 else None
+
+
+def describe(answer: Any, static_bytes: int) -> str:
+    """The facts about an answer as lines of text."""
+    rate = speed(answer)
+    adapter = answer.adapter_sha256[:12] if answer.adapter_sha256 else "none"
+    cut = " (cut off at the token limit)" if answer.finish_reason == "length" else ""
+    lines = [
+        f"model        {answer.model_id} {answer.base_sha256[:12]}, {answer.bits} bits, adapter {adapter}",
+        f"backend      {answer.backend}: {answer.reason}",
+        f"first token  {answer.first_token_seconds:.3f} s",
+        f"speed        {f'{rate:.1f} tokens/s' if rate else 'one token only'}, {answer.tokens} tokens{cut}",
+        f"memory       {static_bytes / 2**20:.1f} MiB weights, {answer.peak_bytes / 2**20:.0f} MiB peak",
+        f"confidence   {answer.confidence:.3f} (the model's own probability of exactly this answer)",
+    ]
+    return "\n".join(lines)
+
+
+@main.command()
+@click.option("--model", type=_FILE, help="Model folder [default: the reference model].")
+@click.option(
+    "--data", "dataset", type=_FILE, required=True, help="SLAKE, VQA-RAD or LLaVA JSON, or a training folder."
+)
+@click.option("--images", type=_FILE, help="Folder of the images [default: found beside the data].")
+@click.option("--bits", type=_BITS, default="4", show_default=True, help="Bits per weight.")
+@click.option("--adapter", type=_FILE, help="LoRA adapter folder to put beside the model.")
+@click.option(
+    "--out", type=_FILE, required=True, help="Folder for answers.jsonl and report.json; resumed if it has some."
+)
+@click.option("--batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Rows answered together.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first rows.")
+@click.option("--max-new-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
+@click.option("--device", help="cpu, cuda or cuda:N [default: cuda where there is one].")
+@click.option("--compare", type=_FILE, help="answers.jsonl of another run: report the flips from it to this one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without a progress bar.")
+@plainly
+def evaluate(dataset: Path, bits: str, model: Path | None, as_json: bool, **options: Any) -> None:
+    """Answer a dataset and score the answers strictly, with 95 % intervals over images."""
+    folder = base(model)
+    from model.evaluate import REPORT, Settings, run
+
+    settings = Settings(model=folder, data=dataset, bits=int(bits), progress=not as_json, **options)
+    report = run(settings)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    click.echo(table(report))
+    click.echo(f"\nWritten to {settings.out / REPORT}.")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines of text for a person."""
+    scores, measured = report["scores"], report["measured"]
+    lines = []
+    for name in ("all", "closed", "open", "unknown", "open_recall", "open_f1"):
+        if part := scores[name]:
+            lines.append(f"{name.replace('_', ' '):<12} {_estimate(part)}")
+    lines += [f"  {name:<20} {_estimate(part)}" for name, part in scores["by_topic"].items()]
+    misfits = ("missing", "conflicting", "duplicates", "unmatched", "empty_references")
+    odd = [f"{scores[name]} {name.replace('_', ' ')}" for name in misfits if scores[name]]
+    lines += [f"rows that do not fit: {', '.join(odd)}"] if odd else []
+    if flips := report.get("flips"):
+        lines.append(
+            f"flips        {flips['lost']} lost, {flips['gained']} gained of {flips['rows']} "
+            f"({flips['difference']:+.2f} points), {flips['changed']} answers changed"
+        )
+    this = measured["this_run"]
+    torn = ", a torn last line was dropped" if this["torn_lines_dropped"] else ""
+    lines.append(f"{this['rows']} rows answered in {this['seconds']:.1f} s{torn}; {measured['reason']}")
+    return "\n".join(lines)
+
+
+def _estimate(part: dict[str, Any]) -> str:
+    span = "" if part["low"] is None else f"  [{part['low']:.1f}, {part['high']:.1f}]"
+    return f"{part['percent']:6.2f} %{span}  of {part['rows']}"
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plainly
+def list_(as_json: bool) -> None:
+    """List the known base models and the adapters installed in $AFYA_HOME."""
+    from model import adapters, files, presets
+
+    models = [dataclasses.asdict(preset) for preset in presets.PRESETS]
+    home = files.home()
+    current = adapters.current(home)
+    folders = sorted(p.parent.name for p in (home / "adapters").glob("*/adapter_config.json"))
+    installed = [{"name": name, "current": current is not None and current.name == name} for name in folders]
+    if as_json:
+        click.echo(json.dumps({"models": models, "adapters": installed, "home": str(home)}))
+        return
+    for preset in models:
+        click.echo(f"{preset['name']:<16} {'' if preset['supported'] else '(not in this version) '}{preset['about']}")
+    click.echo(f"\nAdapters in {home / 'adapters'}:" if installed else f"\nNo adapter is installed in {home}.")
+    for row in installed:
+        click.echo(f"{'*' if row['current'] else ' '} {row['name']}")
+
+
+if __name__ == "__main__":
+    main()
