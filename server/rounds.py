@@ -199,6 +199,9 @@ class Federation:
 
     def _release(self, now: RoundCheckpoint) -> None:
         """Write the adapter with its evidence and bring it to every connected clinic."""
+        if now.updates == 0:
+            self.events.add("not-released", round=now.round, reason="no round has changed the factors yet")
+            return
         folder = release.build(self.root, now)
         clinics = {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
         self.events.add("release", round=now.round, folder=str(folder), clinics=sorted(clinics.values()))

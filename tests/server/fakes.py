@@ -1,0 +1,149 @@
+"""A Flower Grid in one process: clinics are functions that get a message's content and give a reply's content.
+
+The real messages, records and replies of Flower, without a link between them; time stands still unless told.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from model import adapters
+from server.checkpoint import RoundCheckpoint
+from server.settings import Settings
+
+BASE = "cd" * 32
+Clinic = Callable[[int, Message], RecordDict | Error | Exception | None]
+
+
+def small_state(rank: int = 2, seed: int = 0) -> adapters.State:
+    """A pair of A and B factors for each of two layers; B is zero, as at the start."""
+    draw = np.random.default_rng(seed)
+    state = {}
+    for layer in ("q_proj", "v_proj"):
+        name = f"base_model.model.model.language_model.layers.0.self_attn.{layer}"
+        state[f"{name}.lora_A.weight"] = draw.normal(size=(rank, 6)).astype(np.float32)
+        state[f"{name}.lora_B.weight"] = np.zeros((4, rank), np.float32)
+    return state
+
+
+def first(state: adapters.State | None = None) -> RoundCheckpoint:
+    """Round 0 of a small adapter, with the settings that `settings` gives."""
+    state = state or small_state()
+    spec = adapters.spec_of(state, 16.0, BASE)
+    config = {"targets": "decoder", "rank": spec.rank, "alpha": spec.alpha}
+    return RoundCheckpoint(0, 0, "", False, "the initial factors", spec, state, config=config)
+
+
+def settings(root: Path, base: Path, **values: Any) -> Settings:
+    """Settings for a run in a test: rank 2, quorum 3, short deadline."""
+    chosen = {"checkpoint_dir": str(root), "base_model": str(base), "rank": 2, "min_clinics": 3, "round_deadline": 60.0}
+    return Settings(**{**chosen, **values})
+
+
+def asked(message: Message) -> tuple[int, str, adapters.State]:
+    """Round, factor and factors' values of a train message."""
+    config = message.content.config_records["config"]
+    record = message.content.array_records["arrays"]
+    state = {name: record[name].numpy() for name in record}
+    return int(config["server-round"]), str(config["factor"]), state
+
+
+def reply(arrays: dict[str, Any], number: int, examples: object = 10, **metrics: object) -> RecordDict:
+    """A reply as an honest clinic sends it; `arrays` may hold Flower Arrays or NumPy arrays."""
+    record = ArrayRecord({n: a if isinstance(a, Array) else Array(np.asarray(a)) for n, a in arrays.items()})
+    values: Any = {"num-examples": examples, "server-round": number, "loss-before": 2.0, "loss-after": 1.0, **metrics}
+    return RecordDict({"arrays": record, "metrics": MetricRecord(values)})
+
+
+def moved(message: Message, step: float) -> dict[str, np.ndarray]:
+    """The factor that a train message asks for, every value moved by `step`."""
+    _, factor, state = asked(message)
+    return {name: a + np.float32(step) for name, a in state.items() if adapters.factor(name) == factor}
+
+
+def honest(step: float = 0.01, examples: int = 10) -> Clinic:
+    """A clinic that moves every value by `step`."""
+
+    def answer(node: int, message: Message) -> RecordDict:
+        return reply(moved(message, step), asked(message)[0], examples)
+
+    return answer
+
+
+def installs(node: int, message: Message) -> RecordDict:
+    """What a clinic says when it has installed a release."""
+    digest = str(message.content.config_records["config"]["sha256"])
+    return RecordDict({"config": ConfigRecord({"installed": f"round-{digest[:12]}", "sha256": digest})})
+
+
+class FakeGrid(Grid):
+    """Clinics by node number; each message is answered at once, out of order, or never (None)."""
+
+    def __init__(self, clinics: dict[int, Clinic], seed: int = 0) -> None:
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # no public way to be a task in a test
+        self.clinics = clinics
+        self.sent: list[Message] = []
+        self.online = set(clinics)
+        self.random = random.Random(seed)
+        self._answers: dict[str, Message | Exception | None] = {}
+
+    @property
+    def run(self) -> Any:
+        return None
+
+    def set_run(self, run: Any) -> None:
+        pass
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        return Message(*arguments, **named)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return sorted(self.online)
+
+    def get_nodes(self) -> Iterable[Any]:
+        return [SimpleNamespace(node_id=node, name=f"clinic-{node}") for node in sorted(self.online)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            self.sent.append(message)
+            number = f"m{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = number
+            node = message.metadata.dst_node_id
+            release = message.metadata.message_type.startswith("query")
+            answer = installs(node, message) if release else self.clinics[node](node, message)
+            if isinstance(answer, (RecordDict, Error)):
+                answer = Message(answer, reply_to=message)
+            self._answers[number] = answer
+            ids.append(number)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = [self._answers.get(number) for number in message_ids]
+        for answer in found:
+            if isinstance(answer, Exception):
+                raise answer
+        return [answer for answer in found if isinstance(answer, Message)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(list(self.push_messages(messages)))
+
+
+class Clock:
+    """A clock that only moves when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds

@@ -1,0 +1,184 @@
+"""The gate and the mean: one bad reply never counts and never ends a run; what counts is averaged exactly."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import adapters
+from server import checkpoint as store
+from server import rounds
+from server.strategy import Ask, Gate, Update, aggregate, norm_cap, plain, shares
+from tests.server import fakes
+from tests.server.bad_replies import BAD
+from tests.server.fakes import Clock, FakeGrid, honest
+
+
+def one_round(
+    tmp_path: Path, clinics: dict, monkeypatch: pytest.MonkeyPatch, **values: object
+) -> rounds.RoundCheckpoint:
+    """One round of these clinics over the small adapter."""
+    monkeypatch.setattr("model.llava.base_sha256", lambda folder: fakes.BASE)
+    store.save(tmp_path, fakes.first())
+    clock = Clock()
+    chosen = fakes.settings(tmp_path, tmp_path, num_server_rounds=1, **values)
+    return rounds.federate(FakeGrid(clinics), chosen, sleep=clock.sleep, clock=clock)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_reply_is_rejected_with_its_reason_and_the_others_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    bad, word = BAD[kind]
+    clinics = {1: honest(), 2: honest(), 3: honest(), 4: honest(), 5: bad}
+    after = one_round(tmp_path, clinics, monkeypatch)
+    assert after.changed and after.updates == 1
+    assert [row.clinic for row in after.accepted] == ["clinic-1", "clinic-2", "clinic-3", "clinic-4"]
+    assert [row.clinic for row in after.rejected] == ["clinic-5"]
+    assert word in after.rejected[0].reason
+    assert after.rejected[0].reason.isprintable()
+    for name, array in after.state.items():
+        expected = 0.01 if adapters.factor(name) == "B" else 0.0
+        np.testing.assert_allclose(array - fakes.small_state()[name], expected, atol=1e-7)
+    evidence = json.loads((tmp_path / "releases/round-00001/release.json").read_text())
+    assert evidence["rejected"][0]["clinic"] == "clinic-5"
+    assert "clinic-5" not in evidence["contributed"]
+
+
+@pytest.mark.parametrize("kind", ["NaN weight", "no examples", "no reply"])
+def test_below_the_quorum_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    bad = BAD[kind][0]
+    after = one_round(tmp_path, {1: honest(), 2: honest(), 3: bad, 4: bad, 5: bad}, monkeypatch)
+    assert not after.changed and after.updates == 0
+    assert "quorum of 3" in after.reason
+    assert len(after.rejected) == 3
+    assert all(np.array_equal(after.state[name], array) for name, array in fakes.small_state().items())
+
+
+def test_one_metric_more_is_no_reason_to_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chatty(node: int, message: Message) -> object:
+        return fakes.reply(fakes.moved(message, 0.01), fakes.asked(message)[0], x=1.0, histogram=[1.0, 2.0])
+
+    after = one_round(tmp_path, {1: honest(), 2: honest(), 3: chatty}, monkeypatch)
+    assert len(after.accepted) == 3 and not after.rejected
+
+
+def _ask(clinics: dict[int, str]) -> Ask:
+    before = fakes.first()
+    return Ask(1, "B", before.state, before.spec, clinics, 10.0)
+
+
+def _message(node: int) -> Message:
+    grid = FakeGrid({node: honest()})
+    number = grid.push_messages([_train_message(node)])
+    return next(iter(grid.pull_messages(list(number))))
+
+
+def _train_message(node: int) -> Message:
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    arrays = ArrayRecord({n: Array(a) for n, a in fakes.small_state().items()})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, "factor": "B"})})
+    return Message(content, node, "train")
+
+
+def test_a_second_reply_and_a_stranger_do_not_count() -> None:
+    FakeGrid({})  # makes this process a task, without which Flower builds no message
+    gate = Gate(_ask({7: "north"}))
+    message = _message(7)
+    assert isinstance(gate.take(7, message), Update)
+    gate.take(7, message)
+    gate.take(8, message)
+    assert [row.reason for row in gate.rejected] == [
+        "this node has already answered in this round",
+        "this node was not asked",
+    ]
+    assert len(gate.updates) == 1
+
+
+def _update(node: int, array: np.ndarray, examples: int) -> Update:
+    return Update(node, f"clinic-{node}", {"w": array}, examples, 0.0, array.nbytes, {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=6), st.integers(0, 2**32 - 1), st.permutations(range(6)))
+def test_the_mean_is_numpys_and_the_order_plays_no_part(examples: list[int], seed: int, order: list[int]) -> None:
+    draw = np.random.default_rng(seed)
+    updates = [_update(node, draw.normal(size=(3, 4)).astype(np.float32), n) for node, n in enumerate(examples)]
+    mean, rows = aggregate(updates)
+    shuffled, _ = aggregate([updates[i] for i in order if i < len(updates)])
+    assert np.array_equal(mean["w"], shuffled["w"])
+    capped = np.minimum(examples, 2 * np.median(examples))
+    reference = np.average([u.arrays["w"].astype(np.float64) for u in updates], axis=0, weights=capped)
+    np.testing.assert_allclose(mean["w"], reference, atol=1e-6)
+    assert sum(row.weight for row in rows) == pytest.approx(1.0)
+
+
+def test_every_order_of_five_replies_gives_the_same_bits() -> None:
+    draw = np.random.default_rng(3)
+    updates = [_update(node, draw.normal(size=64).astype(np.float32), 10 + node) for node in range(5)]
+    results = {aggregate(list(order))[0]["w"].tobytes() for order in itertools.permutations(updates)}
+    assert len(results) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 5), st.integers(0, 2**32 - 1), st.sampled_from(["A", "B"]))
+def test_alternating_is_exact_for_the_product(clinics: int, seed: int, factor: str) -> None:
+    """The mean of one factor, the other frozen and the same everywhere, is the mean of the updates B·A."""
+    draw = np.random.default_rng(seed)
+    frozen = draw.normal(size=(2, 6)) if factor == "B" else draw.normal(size=(4, 2))
+    shape = (4, 2) if factor == "B" else (2, 6)
+    updates = [_update(node, draw.normal(size=shape), int(draw.integers(1, 99))) for node in range(clinics)]
+    mean, rows = aggregate(updates)
+
+    def product(array: np.ndarray) -> np.ndarray:
+        return array @ frozen if factor == "B" else frozen @ array
+
+    ideal = sum(row.weight * product(u.arrays["w"]) for row, u in zip(rows, updates, strict=True))
+    np.testing.assert_allclose(product(mean["w"]), ideal, atol=1e-10)
+
+
+def test_averaging_both_factors_at_once_would_not_be_exact() -> None:
+    """Why rounds alternate: two clinics with the same update in other factors would cancel each other."""
+    b, a = np.ones((4, 1)), np.ones((1, 6))
+    naive = ((b + -b) / 2) @ ((a + -a) / 2)
+    assert np.abs(naive - b @ a).max() == 1.0
+
+
+def test_a_large_clinic_weighs_at_most_twice_the_median() -> None:
+    assert shares([10, 10, 1000]) == pytest.approx([0.25, 0.25, 0.5])
+    assert shares([5]) == [1.0]
+
+
+def test_one_reply_moves_the_mean_by_at_most_its_share_of_the_cap() -> None:
+    before = fakes.first()
+    cap, count = 2.0, 4
+    still = {n: a for n, a in before.state.items() if adapters.factor(n) == "B"}
+    size = sum(a.size for a in still.values())
+    loud = {n: a + np.float32(cap / np.sqrt(size)) for n, a in still.items()}
+    replies = [Update(0, "x", loud, 10, cap, 0, {})] + [Update(i, "y", still, 10, 0.0, 0, {}) for i in range(1, count)]
+    mean, _ = aggregate(replies)
+    moved = np.sqrt(sum(((mean[n] - still[n]) ** 2).sum() for n in still))
+    assert moved == pytest.approx(cap / count, rel=1e-5)
+
+
+def test_the_norm_cap_holds_for_real_adamw() -> None:
+    """AdamW on random gradients stays below the cap that is derived from its rate and steps."""
+    import torch
+
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter(torch.zeros(2000))
+    optimizer = torch.optim.AdamW([weights], lr=3e-3, weight_decay=0.0)
+    for _ in range(50):
+        weights.grad = torch.randn(2000) + 1.0
+        optimizer.step()
+    assert float(weights.detach().norm()) <= norm_cap(3e-3, 50, 2000)
+
+
+def test_words_of_a_clinic_cannot_write_to_the_terminal() -> None:
+    assert plain("a\x1b[2J\nb" + "x" * 1000) == ("a [2J b" + "x" * 1000)[:300]
