@@ -1,0 +1,154 @@
+"""The proxy: Fleet calls pass unchanged over TLS, everything else is refused before it reaches the SuperLink."""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from scripts.federation import free_ports
+from server import certs, proxy
+
+PATHS = [
+    "/v1/control/start-run",
+    "/v1/runtime/push-messages",
+    "/health",
+    "/",
+    "/v1/fleet/",
+    "/v1/fleet/../control/start-run",
+    "/v1/fleet/%2e%2e/control/start-run",
+    "/v1/fleet/..%2fcontrol%2fstart-run",
+    "/v1/fleet//get-run",
+    "/v1/fleet/get-run/",
+    "/v1/fleet/get-run?x=1",
+    "/V1/fleet/get-run",
+    "/v1/fleet/get%2Drun",
+    "/v1/fleet/get-run;/../control",
+    "//v1/fleet/get-run",
+]
+
+
+class Upstream:
+    """A stand-in for the SuperLink: remembers what arrives, answers with the body turned around."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bytes, dict[bytes, bytes]]] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        self.seen.append((scope["path"], body, dict(scope["headers"])))
+        headers = [(b"content-type", b"application/protobuf"), (b"flwr-x", b"1")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body[::-1]})
+
+
+def through(
+    tmp_path: Path, talk: Callable[[httpx.AsyncClient, str, Upstream], Awaitable[None]], up: bool = True
+) -> None:
+    """Run `talk` with a client in front of the proxy in front of `Upstream`, all on loopback, all over TLS."""
+    certs.make(tmp_path / "c", [])
+    files = {"ssl_certfile": str(tmp_path / "c/server.pem"), "ssl_keyfile": str(tmp_path / "c/server.key")}
+    ports = free_ports(2)
+
+    async def main() -> None:
+        upstream = Upstream()
+        config = uvicorn.Config(upstream, port=ports[0], log_level="error", lifespan="off", ws="none", **files)
+        behind = uvicorn.Server(config)
+        app = proxy.FleetProxy(f"https://127.0.0.1:{ports[0]}", tmp_path / "c/ca.crt")
+        front = proxy.server(app, "127.0.0.1", ports[1], tmp_path / "c/server.pem", tmp_path / "c/server.key")
+        servers = [front, behind] if up else [front]
+        tasks = [asyncio.create_task(server._serve()) for server in servers]
+        while not all(server.started for server in servers):
+            await asyncio.sleep(0.01)
+        context = ssl.create_default_context(cafile=str(tmp_path / "c/ca.crt"))
+        async with httpx.AsyncClient(verify=context, trust_env=False, timeout=20) as client:
+            await talk(client, f"https://127.0.0.1:{ports[1]}", upstream)
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+
+
+def test_a_fleet_call_passes_unchanged(tmp_path: Path) -> None:
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        body = bytes(range(256)) * 4096
+        headers = {"flwr-public-key": "abc", "te": "trailers", "proxy-authorization": "secret"}
+        answer = await client.post(f"{base}/v1/fleet/push-object", content=body, headers=headers)
+        assert (answer.status_code, answer.content) == (200, body[::-1])
+        assert answer.headers["flwr-x"] == "1"
+        path, seen, arrived = upstream.seen[0]
+        assert (path, seen) == ("/v1/fleet/push-object", body)
+        assert arrived[b"flwr-public-key"] == b"abc"
+        assert b"te" not in arrived and b"proxy-authorization" not in arrived
+
+    through(tmp_path, talk)
+
+
+def test_everything_else_is_refused_and_never_arrives(tmp_path: Path) -> None:
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        for path in PATHS:
+            for method in ("POST", "GET"):
+                url = httpx.URL(base).copy_with(raw_path=path.encode())
+                answer = await client.request(method, url, content=b"x" if method == "POST" else None)
+                assert answer.status_code == 403, (method, path)
+        for method in ("GET", "PUT", "DELETE", "OPTIONS"):
+            assert (await client.request(method, f"{base}/v1/fleet/get-run")).status_code == 405
+        assert upstream.seen == []
+
+    through(tmp_path, talk)
+
+
+def test_a_body_above_the_cap_is_refused_declared_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "MAX_BODY", 1000)
+
+    async def pieces() -> Any:
+        for _ in range(20):
+            yield b"x" * 100
+
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        url = f"{base}/v1/fleet/push-object"
+        for large in (b"x" * 1001, pieces()):
+            with contextlib.suppress(httpx.TransportError):  # the door may shut before the client has read why
+                assert (await client.post(url, content=large)).status_code == 413
+        assert (await client.post(url, content=b"x" * 1000)).status_code == 200
+        assert len(upstream.seen) == 1
+
+    through(tmp_path, talk)
+
+
+def test_a_superlink_that_is_away_is_said(tmp_path: Path) -> None:
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        assert (await client.post(f"{base}/v1/fleet/get-run", content=b"x")).status_code == 502
+
+    through(tmp_path, talk, up=False)
+
+
+def test_old_tls_and_plain_text_are_refused(tmp_path: Path) -> None:
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        old = ssl.create_default_context(cafile=str(tmp_path / "c/ca.crt"))
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        async with httpx.AsyncClient(verify=old, trust_env=False) as other:
+            with pytest.raises(httpx.TransportError):
+                await other.post(f"{base}/v1/fleet/get-run", content=b"x")
+        with pytest.raises(httpx.TransportError):
+            await client.post(f"{base}/v1/fleet/get-run".replace("https", "http"), content=b"x")
+        assert upstream.seen == []
+
+    through(tmp_path, talk)
+
+
+def test_the_list_of_calls_is_flowers_own() -> None:
+    from flwr.superlink.routers.fleet.router import router
+
+    assert {route.path for route in router.routes} == proxy.CALLS
