@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from client.batches import Batches
 from model import adapters
-from model.data import Sample, load_rgb
+from model.data import Sample
 
-PROBE = 32  # samples on which the loss before and after is measured: enough to see a change, a second on two cores
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 FLOOR = 0.1  # share of the learning rate that is left at the last step
 CLIP = 1.0  # largest gradient norm of one step; a single odd sample must not throw the factors off
@@ -71,7 +71,7 @@ def train(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     model, loaded = _attach(base, bits, adapter_state, alpha, factors)
-    batches = _Batches(samples, model, loaded, [adapters.module(name) for name in adapter_state], batch, seed)
+    batches = Batches(samples, model, loaded, [adapters.module(name) for name in adapter_state], batch, seed)
     before = batches.probe()
     losses = _loop(model, batches, steps, lr, start, seconds, progress)
     after = batches.probe()
@@ -103,7 +103,19 @@ def _attach(base: Path, bits: int, state: adapters.State, alpha: float, factors:
             raise adapters.AdapterRejected(f"{name} has shape {state[name].shape}, the model {tuple(parameter.shape)}.")
         parameter.data = _tensor(state[name]).to(parameter.device)
         parameter.requires_grad_(adapters.factor(name) in factors)
+    _compute_in_bfloat16(model, loaded)
     return model.train(), loaded
+
+
+def _compute_in_bfloat16(model: Any, loaded: Any) -> None:
+    """Let the 4-bit layers multiply in bfloat16 where the processor has instructions for it: a quarter less time."""
+    import torch
+
+    if loaded.bits != 4 or loaded.device != "cpu" or not torch.cpu._is_avx512_bf16_supported():
+        return
+    for layer in model.modules():
+        if hasattr(layer, "compute_type_is_set"):
+            layer.compute_dtype, layer.compute_type_is_set = torch.bfloat16, True
 
 
 def _tensor(array: np.ndarray) -> Any:
@@ -128,122 +140,9 @@ def _state(model: Any, before: adapters.State, factors: Sequence[str]) -> adapte
     }
 
 
-class _Batches:
-    """Encoded samples and their pictures' features; gives the loss of any set of rows."""
-
-    def __init__(
-        self, samples: Sequence[Sample], model: Any, loaded: Any, modules: Sequence[str], batch: int, seed: int
-    ) -> None:
-        from model.collate import encode_sample
-
-        self.model, self.loaded = model, loaded
-        self.core = model.base_model.model
-        self.processor = loaded.processor
-        self.tower_frozen = not any(".vision_tower." in f".{name}" for name in modules)
-        self.pictures, rows = _table(samples)
-        self.features = self._tower_features() if self.tower_frozen else None
-        self.image_tokens = self._image_tokens()
-        tokenizer = self.processor.tokenizer
-        self.encoded = [encode_sample(s, tokenizer, self.image_tokens, i) for s, i in zip(samples, rows, strict=True)]
-        self.size, self.generator = min(batch, len(self.encoded)), np.random.default_rng(seed)
-        self.order: list[int] = []
-        probe = np.random.default_rng(0).permutation(len(self.encoded))[:PROBE]
-        self.probe_rows = [int(row) for row in probe]
-
-    def next_loss(self) -> Any:
-        """Loss of the next batch; rows come in seeded random order, each once per pass."""
-        while len(self.order) < self.size:
-            self.order += [int(row) for row in self.generator.permutation(len(self.encoded))]
-        rows, self.order = self.order[: self.size], self.order[self.size :]
-        return self.loss(rows)
-
-    def probe(self) -> float:
-        """Mean loss over a fixed handful of samples, without gradients."""
-        import torch
-
-        with torch.no_grad():
-            parts = [self.probe_rows[i : i + 16] for i in range(0, len(self.probe_rows), 16)]
-            total = sum(float(self.loss(rows)) * len(rows) for rows in parts)
-        return total / len(self.probe_rows)
-
-    def loss(self, rows: Sequence[int]) -> Any:
-        """Cross-entropy of the answers' tokens; logits of picture positions are never computed."""
-        import torch
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        from model.collate import pad
-        from model.prompts import IGNORE
-
-        items = [self.encoded[row] for row in rows]
-        tensors = pad(items, self.processor.tokenizer.pad_token_id)
-        tensors = {name: tensor.to(self.loaded.device) for name, tensor in tensors.items()}
-        vision: dict[str, Any]
-        if self.features is None:
-            vision = {"pixel_values": self._pixels([item.image for item in items])}
-        else:
-            images = self._project(self.features[[item.image for item in items]])
-            vision = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(images))}}
-        text = tensors["input_ids"].shape[1] - self.image_tokens - 1
-        output = self.core(
-            input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"], logits_to_keep=text, **vision
-        )
-        labels = tensors["labels"][:, -text:]
-        return torch.nn.functional.cross_entropy(
-            output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
-        )
-
-    def _pixels(self, images: Sequence[int]) -> Any:
-        import torch
-
-        from model.collate import pixel_values
-
-        pixels = pixel_values([load_rgb(self.pictures[i]) for i in images], self.processor)
-        return pixels.to(self.loaded.device, getattr(torch, self.loaded.dtype))
-
-    def _project(self, features: Any) -> Any:
-        return self.core.model.multi_modal_projector(features)
-
-    def _tower_features(self) -> Any:
-        """What the projector gets for every picture: tensor (pictures, positions, width), computed once."""
-        import torch
-
-        seen: list[Any] = []
-        hook = self.core.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            with torch.no_grad():
-                for first in range(0, len(self.pictures), 16):
-                    rows = range(first, min(first + 16, len(self.pictures)))
-                    self.core.get_image_features(pixel_values=self._pixels(rows))
-        finally:
-            hook.remove()
-        return torch.cat(seen)
-
-    def _image_tokens(self) -> int:
-        if self.features is not None:
-            return int(self.features.shape[1])
-        import torch
-
-        with torch.no_grad():
-            return len(self.core.get_image_features(pixel_values=self._pixels([0])).pooler_output[0])
-
-
-def _table(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
-    """One sample for each distinct picture, and for each sample the number of its picture."""
-    numbers: dict[object, int] = {}
-    pictures: list[Sample] = []
-    rows = []
-    for sample in samples:
-        key = id(sample.image) if isinstance(sample.image, np.ndarray) else str(sample.image)
-        if key not in numbers:
-            numbers[key] = len(pictures)
-            pictures.append(sample)
-        rows.append(numbers[key])
-    return pictures, rows
-
-
 def _loop(
     model: Any,
-    batches: _Batches,
+    batches: Batches,
     steps: int,
     lr: float,
     start: float,
