@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model import decode, llava, memory
+from model import attach, decode, llava, memory
 from model.prompts import AFYA, encode
 
 _BUSY_SECONDS = 120  # how long an adapter swap waits for the answers in progress
@@ -147,7 +147,7 @@ class TorchBackend:
         if not self._lock.acquire(timeout=_BUSY_SECONDS):
             raise RequestRefused(f"The model was busy for {_BUSY_SECONDS} seconds; install the adapter again later.")
         try:
-            self.loaded = llava.swap(self.loaded, folder)
+            self.loaded = attach.swap(self.loaded, folder)
         finally:
             self._lock.release()
 
@@ -170,7 +170,7 @@ class TorchBackend:
         rows = [_Row() for _ in requests]
         prompts = [self._prompt(r, int(features.shape[1]), row) for r, row in zip(requests, rows, strict=True)]
         limits = [request.max_new_tokens for request in requests]
-        for steps in decode.greedy(core, features, owners, prompts, limits, len(loaded.processor.tokenizer)):
+        for steps in decode.greedy(core, features, owners, prompts, limits, self._never()):
             now = time.perf_counter() - began
             for step in steps:
                 row = rows[step.index]
@@ -194,6 +194,15 @@ class TorchBackend:
             if len(turns) == 1:
                 raise RequestRefused(f"The question is too long: {len(ids)} tokens, at most {room} fit; shorten it.")
             turns, row.dropped = turns[1:], row.dropped + 1
+
+    def _never(self) -> list[int]:
+        """Ids that are no text of an answer: the image mark, the template's markers, and the table's padding."""
+        tokenizer, config = self.loaded.processor.tokenizer, self.loaded.core.config
+        return [
+            config.image_token_id,
+            *tokenizer.all_special_ids,
+            *range(len(tokenizer), config.text_config.vocab_size),
+        ]
 
     def _piece(self, row: _Row, final: bool) -> str:
         """What can be shown now that could not before; a character still incomplete waits for its other bytes."""

@@ -1,7 +1,7 @@
 """Greedy decoding of a padded batch with a key-value cache: the loop under `model.backends`.
 
-A picture asked about several times is encoded once. Rows that are finished leave the batch. The `<image>` id and
-padding are never chosen. No sampling and no beams: the same question gives the same answer.
+A picture asked about several times is encoded once. Rows that are finished leave the batch. No sampling and no beams:
+the same question gives the same answer.
 """
 
 from __future__ import annotations
@@ -63,18 +63,19 @@ def greedy(
     owners: Sequence[int],
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
-    vocabulary: int,
+    banned: Sequence[int],
 ) -> Iterator[list[Step]]:
     """Decode all prompts together, yielding after each position the tokens chosen for the rows still active.
 
     `features[owners[i]]` replaces the image tokens of `prompts[i]`; row i ends with its end-of-sequence token or after
-    `limits[i]` tokens. Ids from `vocabulary` on are padding of the table, never text. Between two positions the caller
-    is in its own gradient mode.
+    `limits[i]` tokens. `banned` ids are never chosen, ending ones excepted. Between two positions the caller is in its
+    own gradient mode.
     """
     rows = _prefill(core, features, owners, prompts)
-    ends, banned = _special(core, vocabulary)
+    ends = _ends(core)
+    never = sorted(set(banned) - ends)
     while True:
-        tokens, probabilities = _choose(core, rows.hidden, banned)
+        tokens, probabilities = _choose(core, rows.hidden, never)
         steps, keep = [], []
         for place, index in enumerate(rows.active):
             rows.taken[index] += 1
@@ -88,13 +89,12 @@ def greedy(
         _advance(core, rows, keep, [tokens[place] for place in keep])
 
 
-def _special(core: Any, vocabulary: int) -> tuple[set[int], list[int]]:
-    """Ids that end an answer, and ids that are never chosen."""
-    text, setting = core.config.text_config, core.generation_config
-    ends = setting.eos_token_id if setting.eos_token_id is not None else text.eos_token_id
-    stop = set(ends) if isinstance(ends, (list, tuple)) else {ends}
-    never = {core.config.image_token_id, text.pad_token_id, *range(vocabulary, text.vocab_size)}
-    return stop, sorted(never - stop - {None})
+def _ends(core: Any) -> set[int]:
+    """Ids that end an answer."""
+    ends = core.generation_config.eos_token_id
+    if ends is None:
+        ends = core.config.text_config.eos_token_id
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
 def _prefill(core: Any, features: Any, owners: Sequence[int], prompts: Sequence[Sequence[int]]) -> Rows:

@@ -5,7 +5,8 @@ takes (`in_features` a multiple of 64, `out_features` of 32). Embeddings, norms,
 keep the compute type. The choice depends on the model alone, never on the machine: all clinics of a federation must
 hold the same base. 4 bits is NF4 with double quantization, 8 bits LLM.int8.
 
-Nothing is fetched: only local folders are read. Does not cover converting published checkpoints or ONNX.
+Nothing is fetched: only local folders are read. Putting adapters beside the model: `model.attach`. Does not cover
+converting published checkpoints or ONNX.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def prepare_environment() -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait should sleep: spinning ones cost a factor of 3 to 5 as soon as another process wants the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed where it is installed
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
@@ -101,7 +104,11 @@ def load(
         network.requires_grad_(False)
     network.eval()
     loaded = Loaded(network, processor, bits, place, dtype, reason, digest, None, model)
-    return attach(loaded, adapter, train=train) if adapter is not None else loaded
+    if adapter is None:
+        return loaded
+    from model.attach import attach
+
+    return attach(loaded, adapter, train=train)
 
 
 def choose(bits: int, device: str | None = None) -> tuple[str, str, str]:
@@ -235,60 +242,3 @@ def keep_gradients(network: Any) -> None:
     for layer in network.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-
-
-def attach(loaded: Loaded, adapter: Path, *, train: bool = False) -> Loaded:
-    """A bare model with `adapter` beside its weights. Raises AdapterRejected before anything is changed."""
-    digest = check_adapter(loaded, adapter)
-    prepare_environment()
-    from peft import PeftModel
-
-    if hasattr(loaded.model, "peft_config"):
-        raise ModelError("An adapter is attached already; swap it instead.")
-    with _library_messages():
-        wrapped = PeftModel.from_pretrained(loaded.model, adapter, is_trainable=train, local_files_only=True)
-    wrapped.eval()
-    return replace(loaded, model=wrapped, adapter_sha256=digest)
-
-
-def swap(loaded: Loaded, adapter: Path | None) -> Loaded:
-    """Replace the attached adapter by another, or by none; a refused or failed one leaves the former in place."""
-    if not hasattr(loaded.model, "peft_config"):
-        return loaded if adapter is None else attach(loaded, adapter)
-    if adapter is None:
-        return replace(loaded, model=loaded.model.unload().eval(), adapter_sha256=None)
-    digest = check_adapter(loaded, adapter)
-    wrapped, former = loaded.model, loaded.model.active_adapter
-    fresh = "default" if former != "default" else "swapped"
-    try:
-        with _library_messages():
-            wrapped.load_adapter(adapter, fresh, local_files_only=True)
-        wrapped.set_adapter(fresh)
-    except BaseException:
-        wrapped.set_adapter(former)
-        if fresh in wrapped.peft_config:
-            wrapped.delete_adapter(fresh)
-        raise
-    wrapped.delete_adapter(former)
-    wrapped.eval()
-    return replace(loaded, adapter_sha256=digest)
-
-
-def check_adapter(loaded: Loaded, adapter: Path) -> str:
-    """SHA-256 of an adapter folder that is sound and fits this very base; raises AdapterRejected otherwise."""
-    from model import adapters
-
-    folder = Path(adapter)
-    _, spec = adapters.load(folder)
-    if spec.base_sha256 != loaded.base_sha256:
-        raise adapters.AdapterRejected(
-            f"The adapter in {folder} was trained on another base model ({spec.base_sha256[:12]}, this one is "
-            f"{loaded.base_sha256[:12]}); get the adapter for this model or the model for this adapter."
-        )
-    layers = dict(loaded.core.named_modules())
-    for name, shape in zip(spec.names, spec.shapes, strict=True):
-        layer = layers.get(adapters.module(name))
-        side = "in_features" if adapters.factor(name) == "A" else "out_features"
-        if layer is None or getattr(layer, side, None) != shape[1 if side == "in_features" else 0]:
-            raise adapters.AdapterRejected(f"The adapter in {folder} has no place in this model for {name}.")
-    return adapters.sha256(folder)
