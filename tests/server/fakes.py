@@ -41,6 +41,11 @@ def first(state: adapters.State | None = None) -> RoundCheckpoint:
     return RoundCheckpoint(0, 0, "", False, "the initial factors", spec, state, config=config)
 
 
+def replace_first(state: adapters.State, spec: adapters.AdapterSpec) -> RoundCheckpoint:
+    """A checkpoint after round 3 with these factors."""
+    return RoundCheckpoint(3, 3, "B", True, "3 of 3 replies aggregated", spec, state)
+
+
 def settings(root: Path, base: Path, **values: Any) -> Settings:
     """Settings for a run in a test: rank 2, quorum 3, short deadline."""
     chosen = {"checkpoint_dir": str(root), "base_model": str(base), "rank": 2, "min_clinics": 3, "round_deadline": 60.0}

@@ -1,0 +1,161 @@
+"""A clinic's answers: trains what it allows, refuses the rest with a reason, installs only what it has checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from client import app, limits
+from model import adapters, phantoms
+from server import release
+from tests.client.clinic import fill, request
+from tests.server import fakes
+from tests.server.bad_replies import _huge, _object
+
+
+@pytest.fixture
+def clinic(tmp_path: Path, tiny: Path) -> Path:
+    return fill(tmp_path / "clinic", phantoms.make(3, ["plain"], seed=2, size=48), tiny, "min_examples = 4")
+
+
+@pytest.fixture(scope="module")
+def state(tiny: Path) -> adapters.State:
+    return adapters.initial(tiny, 2, 8.0, "decoder", 0)
+
+
+def reason(content: RecordDict) -> str:
+    """The reason of a refusal; fails when the answer is not one."""
+    assert set(content) == {"config"}
+    return str(content.config_records["config"]["refused"])
+
+
+def test_a_round_answers_with_the_one_factor_and_its_measures(clinic: Path, tiny: Path, state: adapters.State) -> None:
+    content = app.train_reply(request(tiny, state), clinic)
+    arrays, metrics = content.array_records["arrays"], content.metric_records["metrics"]
+    assert set(arrays) == {name for name in state if adapters.factor(name) == "B"}
+    assert any(arrays[name].numpy().any() for name in arrays)
+    assert metrics["server-round"] == 1 and metrics["steps"] == 8
+    assert metrics["num-examples"] == len(list((clinic / "training/samples").iterdir()))
+    assert metrics["bytes"] == sum(arrays[name].numpy().nbytes for name in arrays)
+    assert metrics["seconds"] > 0 and metrics["peak-rss-mib"] > 50
+    planted = [json.loads(p.read_text())["question"] for p in (clinic / "training/samples").iterdir()]
+    wire = b"".join(arrays[name].data for name in arrays) + repr(metrics).encode()
+    assert not any(text.encode() in wire for text in planted)
+
+
+ASKED: dict[str, tuple[dict[str, Any], str]] = {
+    "another base": ({"base_sha256": "0" * 64}, "base model"),
+    "10^6 steps": ({"local_steps": 10**6}, "local-steps is 1000000"),
+    "one step": ({"local_steps": 1}, "local-steps is 1"),
+    "a rate of 1,000": ({"lr": 1e3}, "lr is 1000.0"),
+    "a rate that is no number": ({"lr": float("nan")}, "lr is nan"),
+    "a negative rate": ({"lr": -1.0}, "lr is -1.0"),
+    "a huge batch": ({"batch_size": 10_000}, "batch-size is 10000"),
+    "a huge scale": ({"alpha": 1e9}, "alpha"),
+    "both factors": ({"factor": "AB"}, "factor"),
+    "a path": ({"output_dir": "/home"}, "'output-dir'"),
+    "steps as text": ({"local_steps": "8; rm -rf /"}, "local-steps"),
+    "steps as truth": ({"local_steps": True}, "local-steps"),
+    "no rate": ({"lr": None}, "lacks 'lr'"),
+    "round -1": ({"server_round": -1}, "server-round"),
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_request_beyond_the_limits_is_refused_and_nothing_is_trained(
+    clinic: Path, tiny: Path, state: adapters.State, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.trainer.train", lambda *a, **k: pytest.fail("trained all the same"))
+    changes, word = ASKED[kind]
+    assert word in reason(app.train_reply(request(tiny, state, **changes), clinic))
+
+
+def test_layers_and_ranks_the_clinic_does_not_allow_are_refused(tmp_path: Path, tiny: Path) -> None:
+    samples = phantoms.make(3, ["plain"], seed=2, size=48)
+    home = fill(tmp_path / "h", samples, tiny, 'min_examples = 4\ntargets = "decoder"\nmax_rank = 4')
+    tower = adapters.initial(tiny, 2, 8.0, "tower", 0)
+    assert "vision_tower" in reason(app.train_reply(request(tiny, tower), home))
+    head = {
+        "base_model.model.lm_head.lora_A.weight": np.zeros((2, 64), np.float32),
+        "base_model.model.lm_head.lora_B.weight": np.zeros((9, 2), np.float32),
+    }
+    assert "lm_head" in reason(app.train_reply(request(tiny, head), home))
+    assert "rank is 8" in reason(app.train_reply(request(tiny, adapters.initial(tiny, 8, 8.0, "decoder", 0)), home))
+
+
+def test_too_few_samples_sit_the_round_out(tmp_path: Path, tiny: Path, state: adapters.State) -> None:
+    home = fill(tmp_path / "h", phantoms.make(1, ["plain"], seed=2, size=48)[:3], tiny)
+    assert "3 consented samples" in reason(app.train_reply(request(tiny, state), home))
+
+
+def test_arrays_that_are_not_what_they_say_are_refused(clinic: Path, tiny: Path, state: adapters.State) -> None:
+    name = min(state)
+    real = state[name]
+    bad = {
+        "shape": Array(dtype="float32", shape=real.shape, stype="numpy.ndarray", data=_huge(real)),
+        "dtype": Array(dtype="float32", shape=real.shape, stype="numpy.ndarray", data=_object(real)),
+        "finite": Array(np.full_like(real, np.nan)),
+        "float32": Array(real.astype(np.float64)),
+    }
+    for word, array in bad.items():
+        content = request(tiny, state)
+        content["arrays"] = ArrayRecord({**{n: Array(a) for n, a in state.items()}, name: array})
+        assert word in reason(app.train_reply(content, clinic))
+    content = request(tiny, state)
+    content["arrays"] = ArrayRecord({"../../evil": Array(real)})
+    assert "not the name" in reason(app.train_reply(content, clinic))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("max_steps = 'many'", "max_steps"), ("unknown = 1", "unknown"), ("][", "afya.toml")]
+)
+def test_a_clinic_with_wrong_settings_trains_nothing(
+    clinic: Path, tiny: Path, state: adapters.State, text: str, word: str
+) -> None:
+    (clinic / "afya.toml").write_text(f"[client]\n{text}\n")
+    assert word in reason(app.train_reply(request(tiny, state), clinic))
+    with pytest.raises(limits.SettingsWrong):
+        limits.read_limits(clinic)
+
+
+def released(tmp_path: Path, tiny: Path) -> tuple[Path, RecordDict]:
+    """A release folder of the server with a small change in it, and the message that brings it."""
+    from model.llava import base_sha256
+
+    state = {n: a + np.float32(0.01) for n, a in adapters.initial(tiny, 2, 8.0, "decoder", 0).items()}
+    spec = adapters.spec_of(state, 8.0, base_sha256(tiny))
+    folder = release.build(tmp_path / "server", fakes.replace_first(state, spec))
+    return folder, release.content(folder)
+
+
+def test_a_release_is_installed_with_its_evidence(tmp_path: Path, tiny: Path, clinic: Path) -> None:
+    folder, content = released(tmp_path, tiny)
+    answer = app.release_reply(content, clinic)
+    current = adapters.current(clinic)
+    assert current is not None
+    assert answer.config_records["config"]["installed"] == current.name
+    assert answer.config_records["config"]["sha256"] == adapters.sha256(folder) == adapters.sha256(current)
+    assert json.loads((current / adapters.RELEASE).read_text())["round"] == 3
+
+
+def test_a_release_that_is_not_sound_is_refused_and_the_old_one_stays(tmp_path: Path, tiny: Path, clinic: Path) -> None:
+    _, content = released(tmp_path, tiny)
+    app.release_reply(content, clinic)
+    before = adapters.current(clinic)
+    name = min(content.array_records["arrays"])
+    array = content.array_records["arrays"][name].numpy()
+    changes: dict[str, tuple[str, str, object]] = {
+        "other hash": ("config", "sha256", "0" * 64),
+        "for the base": ("config", "base-sha256", "0" * 64),
+        "readable": ("config", "evidence", "{"),
+        "finite": ("arrays", name, Array(np.full_like(array, np.inf))),
+        "one rank": ("arrays", name, Array(array[:1])),
+    }
+    for word, (record, key, value) in changes.items():
+        _, content = released(tmp_path, tiny)
+        content[record][key] = value
+        assert word in reason(app.release_reply(content, clinic))
+        assert adapters.current(clinic) == before

@@ -1,0 +1,80 @@
+"""afya-client as an IT person meets it: every fault named at once, one plain sentence, no trace."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from client import node
+from client.cli import main
+from model import adapters, phantoms
+from model.llava import base_sha256
+from server import certs
+from tests.client.clinic import fill
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def test_doctor_names_every_fault_at_once(afya_home: Path, tmp_path: Path) -> None:
+    afya_home.chmod(0o755)
+    (afya_home / "afya.toml").write_text(f"model = {json.dumps(str(tmp_path / 'nowhere'))}\n[client]\nmax_rank = 1.5\n")
+    (afya_home / "adapters").mkdir()
+    (afya_home / "adapters/current.json").write_text("{")
+    code, text = call("doctor", "--server", "127.0.0.1:1", "--json")
+    faults = {check["name"]: check["detail"] for check in json.loads(text) if not check["ok"]}
+    assert code == 1
+    assert set(faults) == {"home", "limits", "base model", "samples", "adapter", "keys", "server"}
+    assert "chmod 700" in faults["home"] and "afya-client rollback" in faults["adapter"]
+
+
+def test_join_refuses_in_one_sentence_when_something_is_wrong(afya_home: Path, tiny: Path) -> None:
+    fill(afya_home, [], tiny)
+    code, text = call("join")
+    assert code == 1 and "--server HOST:PORT" in text and "Traceback" not in text
+
+
+def test_status_and_rollback(afya_home: Path, tiny: Path, tmp_path: Path) -> None:
+    fill(afya_home, phantoms.make(1, ["plain"], seed=0, size=32), tiny)
+    state = adapters.initial(tiny, 2, 8.0, "decoder", 0)
+    adapters.save(tmp_path / "a", state, adapters.spec_of(state, 8.0, base_sha256(tiny)))
+    name = adapters.install(afya_home, tmp_path / "a", evidence={"round": 4})
+    code, text = call("status", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["adapter"]["name"] == name and found["samples"] > 0
+    assert found["limits"]["max_steps"] == 500
+    code, text = call("rollback", "--yes")
+    assert code == 0 and "bare base model" in text
+    assert json.loads(call("status", "--json")[1])["adapter"] is None
+
+
+def test_the_supernode_is_started_with_the_safe_flags_only(afya_home: Path, tmp_path: Path) -> None:
+    certs.make(tmp_path / "c", ["north"])
+    link = node.connection(afya_home, "127.0.0.1:8443", tmp_path / "c/clinics/north", 9100)
+    assert link is not None
+    line, env = node.command(link), node.environment(afya_home)
+    assert "--insecure" not in line and "--allow-runtime-dependency-installation" not in line
+    assert line[line.index("--root-certificates") + 1].endswith("clinics/north/ca.crt")
+    assert line[line.index("--host") + 1] == "127.0.0.1"
+    assert env["AFYA_HOME"] == str(afya_home) and env["FLWR_HOME"].startswith(str(afya_home))
+    assert env["FLWR_TELEMETRY_ENABLED"] == "0" and env["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+
+
+def test_the_connection_may_stand_in_afya_toml(afya_home: Path) -> None:
+    (afya_home / "afya.toml").write_text('[client]\nserver = "hub.example:443"\nkey = "/k"\nport = 9200\n')
+    link = node.connection(afya_home)
+    assert link == node.Connection("hub.example:443", afya_home / "federation/ca.crt", Path("/k"), 9200)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640])
+def test_a_key_that_others_can_read_is_a_fault(afya_home: Path, tmp_path: Path, mode: int) -> None:
+    certs.make(tmp_path / "c", ["north"])
+    os.chmod(tmp_path / "c/clinics/north/node.key", mode)
+    link = node.connection(afya_home, "127.0.0.1:1", tmp_path / "c/clinics/north")
+    checks = {check.name: check for check in node.examine(afya_home, link)}
+    assert not checks["keys"].ok and "chmod 600" in checks["keys"].detail

@@ -1,0 +1,59 @@
+"""afya-server as a coordinator meets it: settings by name, faults in one sentence, nothing half started."""
+
+import json
+import socket
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from server import certs, link
+from server.cli import main, sentence
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def test_certs_lists_what_it_wrote(tmp_path: Path) -> None:
+    code, text = call("certs", "--out", str(tmp_path / "c"), "--clinic", "north", "--json")
+    assert code == 0
+    assert {Path(path).name for path in json.loads(text)} >= {"ca.key", "server.pem", "node.key", "node.pub"}
+
+
+def test_start_names_every_fault_and_starts_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, text = call(
+            "start", "--certs", str(tmp_path / "c"), "--state", str(tmp_path / "s"), "--link-port", str(port)
+        )
+    assert code == 1
+    for word in ("ca.crt is missing", "afya-server certs", f"127.0.0.1:{port} cannot be used"):
+        assert word in text
+    assert not (tmp_path / "s").exists()
+
+
+def test_settings_are_listed_and_checked(tmp_path: Path) -> None:
+    code, text = call("rounds", "--list")
+    assert code == 0 and "local-steps = 40" in text
+    assert call("rounds", "--set", "nonsense=1")[0] == 2
+    assert call("rounds", "--set", "rank=many")[0] == 2
+    code, text = call("rounds", "--state", str(tmp_path), "--set", "rank=0")
+    assert code == 1 and "rank = 0 is not between 1 and 256" in text
+
+
+def test_the_superlink_is_started_with_the_safe_flags_only(tmp_path: Path) -> None:
+    certs.make(tmp_path / "c", [])
+    made = link.Link(tmp_path / "c", tmp_path / "s", 8123)
+    line, env = made.command(), made.environment()
+    assert "--enable-supernode-auth" in line and "--disable-runtime-dependency-installation" in line
+    assert line[line.index("--host") + 1] == "127.0.0.1" and "--insecure" not in line
+    assert env["FLWR_TELEMETRY_ENABLED"] == "0" and env["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+    assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+
+
+def test_events_read_well() -> None:
+    lost = {"event": "rejected", "round": 1, "clinic": "north", "reason": "non-finite"}
+    assert sentence(lost) == "  north: rejected, non-finite"
+    assert sentence({"at": "x", "event": "resumed", "round": 3}) == "Resumed: round 3"
