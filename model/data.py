@@ -1,4 +1,4 @@
-"""Datasets as `Sample`s: readers for SLAKE, VQA-RAD, LLaVA conversation JSON and the clinic's training folder; split by image.
+"""Datasets as `Sample`s: readers for SLAKE, VQA-RAD, LLaVA JSON and a clinic's training folder; split by image.
 
 Reading imports no torch. Images stay paths until `load_rgb`; `model.collate` turns samples into tensors.
 Not here: downloading, building train/test files, checking a whole dataset for faults.
@@ -70,7 +70,9 @@ def read_slake(path: Path, images: Path) -> list[Sample]:
     for number, row in enumerate(_load_json(path)):
         where = f"{path} row {number}"
         name = _text(row, "img_name", where)
-        meta = {k: str(row[k]) for k in ("content_type", "modality", "location", "q_lang", "base_type") if k in row}
+        meta: dict[str, str] = {
+            k: str(row[k]) for k in ("content_type", "modality", "location", "q_lang", "base_type") if k in row
+        }
         samples.append(
             Sample(
                 id=f"slake-{row.get('q_lang', 'en')}-{row.get('qid', number)}",
@@ -153,7 +155,7 @@ def read_llava(path: Path, images: Path) -> list[Sample]:
 
 
 def read_training(folder: Path) -> list[Sample]:
-    """Read a clinic's `training/` folder (samples/*.json + images/*.png), in the order of the names. Raises `DataError`."""
+    """Read a clinic's `training/` folder (samples/*.json, images/*.png), ordered by name. Raises `DataError`."""
     samples = []
     for path in sorted((folder / "samples").glob("*.json")):
         try:

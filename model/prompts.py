@@ -36,11 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def encode(
-    tokenizer: Any,
-    template: Template,
-    turns: Sequence[tuple[str, str]],
-    image_tokens: int,
-    answer: str | None = None,
+    tokenizer: Any, template: Template, turns: Sequence[tuple[str, str]], image_tokens: int, answer: str | None = None
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation about one image.
 

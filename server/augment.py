@@ -37,7 +37,9 @@ def augment(pictures: Any, config: AugmentConfig, generator: Any) -> Any:
     unit = ((out - low) / span).clamp(0, 1) ** torch.exp(uniform(n, 1, 1, 1) * config.gamma)
     out = low + span * unit
     mean = out.mean((1, 2, 3), keepdim=True)
-    out = (out - mean) * (1 + uniform(n, 1, 1, 1) * config.contrast) + mean + uniform(n, 1, 1, 1) * config.contrast * 0.3
+    out = (
+        (out - mean) * (1 + uniform(n, 1, 1, 1) * config.contrast) + mean + uniform(n, 1, 1, 1) * config.contrast * 0.3
+    )
     if config.blur:
         soft = torch.nn.functional.avg_pool2d(out, 3, 1, 1, count_include_pad=False)
         out = torch.where(uniform(n, 1, 1, 1) < config.blur * 2 - 1, soft, out)

@@ -1,4 +1,4 @@
-"""`afya-server train`: reads the recipe, starts the processes, trains. Heavy imports happen after the arguments are right."""
+"""`afya-server train`: reads the recipe, starts the processes, trains. Heavy imports come after the checks."""
 
 import os
 import subprocess
@@ -7,35 +7,44 @@ from pathlib import Path
 
 import click
 
+PATH = click.Path(path_type=Path)
+
 
 @click.command()
-@click.option("--recipe", required=True, type=click.Path(path_type=Path), help="Recipe, for example server/recipes/reference.toml.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that holds the recipe's datasets.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for checkpoints, log, plot and weights.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe value, e.g. optim.epochs=10.")
-@click.option("--teacher", "teachers", multiple=True, type=click.Path(path_type=Path), help="Trained model whose soft answers are learnt too.")
+@click.option("--recipe", required=True, type=PATH, help="Recipe, for example server/recipes/reference.toml.")
+@click.option("--data", required=True, type=PATH, help="Folder that holds the recipe's datasets.")
+@click.option("--out", required=True, type=PATH, help="Folder for checkpoints, log, plot and weights.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a recipe value, e.g. optim.epochs=10."
+)
+@click.option(
+    "--teacher", "teachers", multiple=True, type=PATH, help="Trained model whose soft answers are learnt too."
+)
 @click.option("--processes", default=1, show_default=True, help="Processes on this machine (GPUs, or CPU processes).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 def train(
-    recipe: Path, data: Path, out: Path, overrides: tuple[str, ...], teachers: tuple[Path, ...], processes: int, resume: bool
+    recipe: Path,
+    data: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    teachers: tuple[Path, ...],
+    processes: int,
+    resume: bool,
 ) -> None:
     """Train a model with DeepSpeed, on a GPU or on CPU processes."""
     if processes > 1 and "LOCAL_RANK" not in os.environ:
         sys.exit(_launch(processes))
+    from model.data import DataError
     from server import recipe as recipes
 
     try:
         loaded = recipes.load(recipe, overrides)
         _check_out(out, resume)
-        from model.data import DataError
-
         _quiet()
         from server.train import train as run
 
         folder = run(loaded, data, out, resume=resume, teachers=teachers)
-    except recipes.RecipeError as error:
-        raise click.ClickException(str(error)) from error
-    except DataError as error:
+    except (recipes.RecipeError, DataError) as error:
         raise click.ClickException(str(error)) from error
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"Trained model written to {folder}; loss plot and log beside it.")
