@@ -47,8 +47,7 @@ def decode(kind: str, data: bytes, frame: int | None) -> Decoded:
         ) from error
     except Exception as error:  # the one place: Pillow and pydicom let a dozen kinds out, each means a damaged file
         raise ImageRejected(
-            f"This {kind} file is damaged or incomplete ({type(error).__name__} while decoding); "
-            "copy or export it again from its source."
+            f"This {kind} file is damaged or incomplete; copy or export it again from its source."
         ) from error
 
 

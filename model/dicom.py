@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 Fields = dict[str, str | int | float]
 
 DEFLATED: Final = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.95", "1.2.840.10008.1.2.8.1")
+RLE: Final = "1.2.840.10008.1.2.5"
 EXTENDED: Final = "1.2.840.10008.1.2.4.51"
 JPEG_2000: Final = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 DECODERS: Final = {
     "1.2.840.10008.1.2": "",  # implicit little endian
     "1.2.840.10008.1.2.1": "",  # explicit little endian
     "1.2.840.10008.1.2.2": "",  # explicit big endian
-    "1.2.840.10008.1.2.5": "pydicom",  # RLE
+    RLE: "pydicom",
     "1.2.840.10008.1.2.4.50": "pillow",  # JPEG baseline
     EXTENDED: "pillow",  # JPEG extended, 8 bits; of 12 bits: model.jpeg_frame
     "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG lossless
@@ -186,6 +188,8 @@ def _stored(dataset: Dataset, syntax: str, frame: int) -> tuple[np.ndarray, str]
     """Pixels of one frame as pydicom's `pixel_array` gives them (YBR already turned to RGB), and their colour model."""
     from model import jpeg_frame
 
+    if syntax == RLE:
+        _check_run_lengths(dataset, frame)
     try:
         if DECODERS[syntax] == "gdcm" or syntax == EXTENDED:
             special = jpeg_frame.decode(dataset, syntax, frame)
@@ -204,6 +208,14 @@ def _stored(dataset: Dataset, syntax: str, frame: int) -> tuple[np.ndarray, str]
             ) from error
         raise
     return pixels, str(facts["photometric_interpretation"])
+
+
+def _check_run_lengths(dataset: Dataset, frame: int) -> None:
+    """Refuse run lengths that take more room than the picture: honest ones never double it, bombs unpack 64-fold."""
+    stream = get_frame(dataset.PixelData, frame, number_of_frames=_frames(dataset))
+    plain = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated // 8
+    if len(stream) > 2 * plain + 4096:
+        raise ImageRejected("The coded pixels of this DICOM file are larger than its picture; export the file again.")
 
 
 def _extremes(dataset: Dataset, syntax: str, stored: np.ndarray, frames: int, chosen: int) -> Fields:

@@ -112,15 +112,13 @@ def _ask_child(kind: str, data: bytes, frame: int | None) -> tuple[dict[str, Any
         talk = _Talk(child, request, data, deadline)
         head = talk.head()
         if head is None:
-            child.kill() if talk.late else None
-            raise ImageRejected(_death(kind, child.wait(), talk.late))
+            raise ImageRejected(_death(kind, _end(child), talk.late))
         if "refused" in head:
             raise ImageRejected(str(head["refused"])[:400])
         _check_head(head)
         pixels = talk.pixels(head["height"] * head["width"] * 3)
         if pixels is None:
-            child.kill()
-            raise ImageRejected(_death(kind, child.wait(), talk.late))
+            raise ImageRejected(_death(kind, _end(child), talk.late))
         return head, pixels
     finally:
         child.kill()
@@ -128,6 +126,16 @@ def _ask_child(kind: str, data: bytes, frame: int | None) -> tuple[dict[str, Any
         for pipe in (child.stdin, child.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    """The exit code of a child that closed its answer; 0 for one that had to be stopped because it went on."""
+    try:
+        return child.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+        return 0
 
 
 class _Talk:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
-from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
 from tests.model.made import chart, dicom, encode, item
 
@@ -36,10 +36,9 @@ def _png(width: int, height: int, body: bytes, *chunks: bytes) -> bytes:
 
 def dicom_deflate_bomb() -> bytes:
     """Half a megabyte that inflates to 512: pydicom itself takes a gigabyte for it."""
-    plain = dicom(Modality="OT", SeriesDescription="x")
-    deflated = plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99")
-    start = deflated.index(b"\x08\x00\x16\x00")
-    return deflated[:start] + _packed_zeros(512, wbits=-15)
+    honest = dicom(GREY, syntax=DeflatedExplicitVRLittleEndian)
+    body = 144 + struct.unpack("<I", honest[140:144])[0]  # the group that says how the file is coded ends here
+    return honest[:body] + _packed_zeros(512, wbits=-15)
 
 
 def png_flood() -> bytes:
@@ -67,8 +66,8 @@ def rle_flood() -> bytes:
 
 
 def rle_overflow() -> bytes:
-    """A 16 x 16 picture whose run-length segment unpacks to a gigabyte."""
-    frame = struct.pack("<16I", 1, 64, *([0] * 14)) + b"\x81\0" * (8 << 20)
+    """A 16 x 16 picture whose run-length segment unpacks to 256 megabytes."""
+    frame = struct.pack("<16I", 1, 64, *([0] * 14)) + b"\x81\0" * (2 << 20)
     return dicom(GREY, syntax=RLELossless, coded=[frame])
 
 
@@ -108,8 +107,8 @@ def dicom_many_frames() -> bytes:
 
 
 def dicom_directory_traversal() -> bytes:
-    record = item(DirectoryRecordType="IMAGE", ReferencedFileID=["..", "..", "ETC", "PASSWD"])
-    return dicom(DirectoryRecordSequence=[record])
+    record = item(DirectoryRecordType="IMAGE", ReferencedFileID=["UP", "UP", "ETC", "PASSWD"])
+    return dicom(DirectoryRecordSequence=[record]).replace(b"UP", b"..")
 
 
 def dicom_jpeg_flood() -> bytes:
