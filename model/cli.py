@@ -26,19 +26,18 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         from model.adapters import AdapterRejected
+        from model.backends import RequestRefused
         from model.data import DataError
+        from model.evaluate import EvaluationError
         from model.images import ImageRejected
+        from model.llava import ModelError
         from model.metrics import ScoreError
         from model.presets import PresetMissing
 
-        named: tuple[type[Exception], ...] = (AdapterRejected, DataError, ImageRejected, ScoreError, PresetMissing)
+        refusals = (AdapterRejected, RequestRefused, DataError, EvaluationError, ImageRejected, ModelError)
         try:
             command(*args, **kwargs)
-        except named as error:
-            raise click.ClickException(str(error)) from error
-        except (RuntimeError, ValueError) as error:
-            if type(error).__name__ not in ("ModelError", "RequestRefused", "EvaluationError"):
-                raise
+        except (*refusals, ScoreError, PresetMissing) as error:
             raise click.ClickException(str(error)) from error
 
     return wrapped

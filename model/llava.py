@@ -26,6 +26,7 @@ from model import files
 BITS = (32, 16, 8, 4)
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _UNHASHED = ("release.json", "report.json", "trainer_state.json")  # evidence about the model, not the model
+KEPT = ("lm_head",)  # full names of layers, or of parts with a trailing dot, that are never quantized
 _IN_MULTIPLE, _OUT_MULTIPLE = 64, 32  # what the packed 4-bit CPU kernel of bitsandbytes takes
 
 
@@ -204,19 +205,21 @@ def quantization(config: Any, bits: int, dtype: Any) -> Any:
 
 
 def unquantized(config: Any) -> list[str]:
-    """Full names of the linear layers that keep their precision: `lm_head` and those whose shape does not fit."""
+    """Full names of the linear layers that keep their precision: those of `KEPT` and those whose shape does not fit."""
     import torch
     from accelerate import init_empty_weights
     from transformers import LlavaForConditionalGeneration
 
     with init_empty_weights():
         empty = LlavaForConditionalGeneration(config)
-    return ["lm_head"] + [
+    linears = [(name, layer) for name, layer in empty.named_modules() if isinstance(layer, torch.nn.Linear)]
+    return [
         name
-        for name, layer in empty.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-        and name != "lm_head"
-        and (layer.in_features % _IN_MULTIPLE or layer.out_features % _OUT_MULTIPLE)
+        for name, layer in linears
+        if name in KEPT
+        or name.startswith(tuple(part for part in KEPT if part.endswith(".")))
+        or layer.in_features % _IN_MULTIPLE
+        or layer.out_features % _OUT_MULTIPLE
     ]
 
 

@@ -221,3 +221,18 @@ def test_a_closed_stream_frees_the_backend_and_its_mode(tiny: Path) -> None:
     assert backend.loaded.model.training, "a model in training stays in training"
     assert torch.is_grad_enabled()
     assert math.isfinite(answers(backend, REQUESTS[:1])[0].confidence)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_cuda_answers_batches_and_swaps_adapters(tiny: Path, tmp_path: Path, bits: int) -> None:
+    adapter = random_adapter(tiny, tmp_path / "adapter")
+    backend = TorchBackend(tiny, bits)
+    assert backend.loaded.device.startswith("cuda")
+    bare = answers(backend, REQUESTS)
+    assert all(answers(backend, [r])[0].text[:3] == a.text[:3] for r, a in zip(REQUESTS, bare, strict=True))
+    backend.swap_adapter(adapter)
+    assert [a.text for a in answers(backend, REQUESTS)] != [a.text for a in bare]
+    backend.swap_adapter(None)
+    assert [a.text for a in answers(backend, REQUESTS)] == [a.text for a in bare]
+    assert 0 < bare[0].peak_bytes < 2**30
