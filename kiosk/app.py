@@ -26,7 +26,7 @@ def desk(folder: str, model: str, bits: str) -> Desk:
 
 def main() -> None:
     """Draw the screen that is open now."""
-    st.set_page_config(page_title="Afya", page_icon=":material/health_and_safety:", layout="wide")
+    st.set_page_config(page_title="Afya", page_icon=views.icon(), layout="wide")
     views.style()
     try:
         this = desk(str(home()), os.environ.get("AFYA_MODEL", ""), os.environ.get("AFYA_BITS", ""))
@@ -37,7 +37,7 @@ def main() -> None:
     author = views.author()
     if author is None:
         return
-    views.model_notice(this.engine.status())
+    views.model_notice(this.engine)
     try:
         SCREENS[views.screen()](this, author)
     except StoreError as error:

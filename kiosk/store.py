@@ -13,6 +13,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +184,10 @@ class CaseStore:
             _insert(db, "consents", row)
 
     def log_memory(self, event: str, rss_bytes: int, **measured: Any) -> None:
-        """Append one measurement; `measured` are other columns of `memory_log`."""
+        """Append one measurement, timed to the millisecond; `measured` are other columns of `memory_log`."""
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._writing() as db:
-            _insert(db, "memory_log", {"at": now(), "event": event, "rss_bytes": rss_bytes, **measured})
+            _insert(db, "memory_log", {"at": moment, "event": event, "rss_bytes": rss_bytes, **measured})
 
     def note_backup(self, path: Path, size: int) -> None:
         """Remember that a verified backup of `size` bytes was written to `path`."""

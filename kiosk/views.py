@@ -4,11 +4,14 @@ The open screen, the open case and the initials are kept in the address (`?scree
 the page or a browser that crashed comes back to the same place. Does not cover passwords: initials are a label.
 """
 
+import functools
 from datetime import datetime
 
+import numpy as np
 import streamlit as st
 
-from kiosk.inference import Status
+from kiosk.inference import Engine
+from model.images import to_png
 
 SCREENS = {
     "new": ("New case", ":material/add_a_photo:"),
@@ -16,22 +19,43 @@ SCREENS = {
     "computer": ("This computer", ":material/monitor_heart:"),
 }
 VERDICT_WORDS = {"none": "not checked", "confirmed": "confirmed", "corrected": "corrected", "rejected": "rejected"}
-CONSENT_WORDS = {"none": "nobody was asked yet", "care": "not used for training", "training": "may improve the model"}
+CONSENT_WORDS = {
+    "none": "consent not asked yet",
+    "care": "no consent for training",
+    "training": "may improve the model",
+}
 DISCLAIMER = "Decision support, never a diagnosis."
 # Hides Streamlit's own top bar, uses the width of a small screen, and keeps the picture from filling the page.
 _STYLE = """<style>
 [data-testid="stHeader"] { display: none; }
-[data-testid="stMainBlockContainer"] { padding: 1.2rem 2.2rem 3rem; max-width: 1500px; }
-[data-testid="stImage"] img { max-height: 62vh; object-fit: contain; border-radius: 0.6rem; }
-.stButton button { min-height: 2.9rem; }
-h1 { padding: 0 !important; font-size: 2rem !important; }
-h3 { padding-top: 0.4rem !important; }
+[data-testid="stMainBlockContainer"] { padding: 1rem 2.2rem 2rem; max-width: 1500px; }
+[data-testid="stMainBlockContainer"] > [data-testid="stVerticalBlock"] { gap: 0.7rem; }
+[data-testid="stColumn"] > [data-testid="stVerticalBlock"] { gap: 0.5rem; }
+[data-testid="stImage"] img { max-height: 56vh; object-fit: contain; border-radius: 0.6rem; }
+[data-testid="stChatMessage"] { padding: 0.55rem 0.8rem; }
+[data-testid="stChatMessage"] [data-testid="stVerticalBlock"] { gap: 0.35rem; }
+[data-testid="stCaptionContainer"] p { color: #44565c; }
+[data-testid="stCaptionContainer"] { opacity: 1; }
+.stButton button, .stFormSubmitButton button { min-height: 2.8rem; }
+[data-testid="stHeading"] { margin-bottom: 0.3rem; }
+[data-testid="stChatMessage"] strong { font-size: 1.12rem; }
+h1 { padding: 0 0 0.7rem !important; font-size: 1.9rem !important; }
+h3 { padding: 0.3rem 0 0.5rem !important; font-size: 1.35rem !important; }
+hr { margin: 0.2rem 0 0.4rem !important; }
 </style>"""
 
 
 def style() -> None:
     """Our few lines of style sheet; no font and no file from anywhere else."""
     st.html(_STYLE)
+
+
+@functools.cache
+def icon() -> bytes:
+    """A white cross on green as PNG. Streamlit would fetch an icon that it knows by name from the internet."""
+    drawn = np.full((64, 64, 3), (11, 110, 95), np.uint8)
+    drawn[26:38, 12:52] = drawn[12:52, 26:38] = 255
+    return to_png(drawn)
 
 
 def screen() -> str:
@@ -61,7 +85,9 @@ def open_case() -> int | None:
 def header(clinic: str) -> None:
     """Name, the three big buttons, and whose initials answers are signed with."""
     name, *buttons, person = st.columns([2.4, 1.5, 1.3, 1.7, 1.5], vertical_alignment="center")
-    name.title(f"Afya · {clinic}" if clinic else "Afya")
+    name.title("Afya", anchor=False)
+    if clinic:
+        name.caption(plain(clinic))
     for column, (key, (label, icon)) in zip(buttons, SCREENS.items(), strict=True):
         kind = "primary" if key == screen() else "secondary"
         column.button(label, icon=icon, key=f"go_{key}", type=kind, width="stretch", on_click=go, args=(key,))
@@ -81,7 +107,7 @@ def author() -> str | None:
     if initials:
         return initials
     with st.form("who", border=True, width=620):
-        st.subheader("Who is using this computer?")
+        st.subheader("Who is using this computer?", anchor=False)
         typed = st.text_input("Your initials", max_chars=8, key="initials", placeholder="For example: NA")
         st.caption("They are saved with every question, answer check and consent you enter.")
         if st.form_submit_button("Start", type="primary"):
@@ -93,14 +119,23 @@ def author() -> str | None:
     return None
 
 
-def model_notice(status: Status) -> None:
+def model_notice(engine: Engine) -> None:
     """A sentence at the top where the model needs one."""
+    status = engine.status()
     if status.problem:
-        st.error(f"{status.problem} Earlier cases can still be read; questions cannot be answered now.")
+        st.error(f"{plain(status.problem)} Earlier cases can still be read; questions cannot be answered now.")
     elif status.notice:
-        st.warning(status.notice)
+        st.warning(plain(status.notice))
     elif status.state == "loading":
-        st.info("The model is still loading; a question asked now is answered as soon as it is ready.")
+        _loading(engine)
+
+
+@st.fragment(run_every=1.0)
+def _loading(engine: Engine) -> None:
+    """Stands there until the model is ready, and then takes itself away."""
+    if engine.status().state != "loading":
+        st.rerun()
+    st.info("The model is still loading; a question asked now is answered as soon as it is ready.")
 
 
 def when(utc: str) -> str:

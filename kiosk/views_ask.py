@@ -31,14 +31,14 @@ def _new_case(desk: Desk, author: str) -> None:
     """Step 1: a picture; step 2: the first question, which saves the case."""
     left, right = st.columns([5, 6], gap="large")
     with left:
-        st.subheader("1 · Picture")
+        st.subheader("1 · Picture", anchor=False)
         found = _choose_picture()
         if found is not None:
             picture, png = found
             st.image(png, width="stretch")
             st.caption(describe(picture.format, picture.frame, picture.frames, picture.fields))
     with right:
-        st.subheader("2 · Ask")
+        st.subheader("2 · Ask", anchor=False)
         if found is None:
             st.write("Add a picture first. Then ask about it here in your own words.")
             st.caption(f"{views.DISCLAIMER} Everything stays on this computer.")
@@ -95,13 +95,14 @@ def _case(desk: Desk, case: Case, author: str) -> None:
     png = queries.image(desk.store, case.id)
     left, right = st.columns([5, 6], gap="large")
     with left:
-        st.subheader(f"Case {case.id}")
+        st.subheader(f"Case {case.id}", anchor=False)
         st.image(png, width="stretch")
-        st.caption(describe(case.format, case.frame, case.frames, case.fields))
-        st.caption(f"Saved {views.when(case.created_at)} by {case.author}")
+        origin = describe(case.format, case.frame, case.frames, case.fields)
+        st.caption(f"{origin} · saved {views.when(case.created_at)} by {case.author}")
         st.button("Start a new case", icon=":material/add:", key="another", on_click=views.go, args=("new",))
     with right:
-        st.subheader("Questions and answers")
+        st.subheader("Questions and answers", anchor=False)
+        st.caption(views.DISCLAIMER)
         busy = False
         for turn in case.turns:
             busy = _turn(desk, case, turn, author, png) or busy
@@ -158,7 +159,6 @@ def history(turns: tuple[Turn, ...], before: int | None = None) -> tuple[tuple[s
 def _question_box() -> str | None:
     """A field for a question and a few examples to press; returns what was asked, if anything."""
     asked = st.chat_input("Type your question and press Enter", key="question", max_chars=500)
-    st.caption("Or press one of these:")
     pressed = None
     with st.container(horizontal=True):
         for number, example in enumerate(EXAMPLES):

@@ -56,12 +56,12 @@ def _row(desk: Desk, case: Case) -> None:
         picture.image(queries.image(desk.store, case.id), width=96)
         for turn in case.turns[:2]:
             answer = turn.final_answer if turn.status == "answered" else "not answered"
-            text.markdown(f"{views.plain(turn.question)} **{views.plain(answer)}**")
+            text.markdown(f"{views.plain(turn.question)} **{views.plain(answer) or '(empty answer)'}**")
         if len(case.turns) > 2:
             text.caption(f"and {len(case.turns) - 2} more")
         state.caption(f"Case {case.id} · {views.when(case.created_at)} · {case.author}")
-        state.caption(f"Answer {_checks(case)}; {views.CONSENT_WORDS[case.consent]}")
-        button.button("Open", key=f"open_{case.id}", width="stretch", on_click=views.go, args=("new", case.id))
+        state.caption(f"Answers {_checks(case)} · {views.CONSENT_WORDS[case.consent]}")
+        button.button("Open case", key=f"open_{case.id}", width="stretch", on_click=views.go, args=("new", case.id))
 
 
 def _checks(case: Case) -> str:

@@ -1,9 +1,13 @@
 """The screen "This computer": which model answers and why, memory and speed over time, what is stored, last backup."""
 
+from pathlib import Path
+
 import streamlit as st
 
 from kiosk import memlog, queries, views
 from kiosk.desk import Desk
+
+COLOURS = ("#0b6e5f", "#c2710c")
 
 
 def show(desk: Desk, author: str) -> None:
@@ -50,15 +54,17 @@ def _model(desk: Desk) -> None:
     """Which model, precision and adapter answer, and why."""
     status = desk.engine.status()
     with st.container(border=True):
-        st.subheader("What answers")
+        st.subheader("What answers", anchor=False)
         if status.backend is None:
             st.write(status.problem or "The model is still loading.")
             return
-        name = desk.settings.model or "the reference model that comes with Afya"
+        chosen = Path(desk.settings.model).name
+        name = f"The model {views.plain(chosen)}" if chosen else "The reference model that comes with Afya"
         bits = f"{desk.settings.bits} bits per weight"
         adapter = f"improved by the adapter {status.adapter}" if status.adapter else "without an adapter (as installed)"
         st.write(f"{name}, {bits}, {adapter}.")
-        st.caption(f"Runs with {status.backend}, because {status.reason}. Questions waiting: {status.waiting}.")
+        reason = views.plain((status.reason or "").rstrip("."))
+        st.caption(f"Runs with {status.backend}, because {reason}. Questions waiting: {status.waiting}.")
         st.caption(f"{views.DISCLAIMER} No picture and no question leaves this computer.")
 
 
@@ -75,4 +81,4 @@ def _plot(title: str, rows: list[dict[str, object]], lines: dict[str, str], scal
         index=index,
     )
     st.markdown(f"**{title}**")
-    st.line_chart(data, height=260)
+    st.line_chart(data, height=260, color=list(COLOURS[: len(lines)]))

@@ -15,13 +15,14 @@ def answer(desk: Desk, turn: Turn, author: str) -> None:
     """One saved answer with its confidence and its check."""
     if turn.verdict == "corrected":
         st.markdown(f"**{views.plain(turn.correction)}**")
-        st.caption(f"The model had answered: {views.plain(turn.answer)}")
     elif turn.verdict == "rejected":
         st.markdown(f"~~{views.plain(turn.answer)}~~")
     else:
         st.markdown(f"**{views.plain(turn.answer) or '(the model gave an empty answer)'}**")
+    said = f"The model had answered: {views.plain(turn.answer) or 'nothing'}. " if turn.verdict == "corrected" else ""
     if turn.confidence is not None:
-        st.caption(f"The model is {views.sureness(turn.confidence)}. It can be sure and wrong. {views.DISCLAIMER}")
+        said += f"The model is {views.sureness(turn.confidence)}. It can be sure and wrong."
+    st.caption(said)
     if st.session_state.get("correcting") == turn.id:
         _correct(desk, turn, author)
     elif turn.verdict == "none" or st.session_state.get("rechecking") == turn.id:

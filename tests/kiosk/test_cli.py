@@ -1,4 +1,4 @@
-"""The clinic's commands: what they write, what they refuse and how, and the flags that keep the kiosk on its machine."""
+"""The clinic's commands: what they write, what they refuse, and the flags that keep the kiosk on its machine."""
 
 import json
 import socket

@@ -13,8 +13,8 @@ from kiosk import queries
 from kiosk.inference import AnswerFailed, Engine, Job
 from kiosk.settings import Settings
 from kiosk.store import CaseStore
-from model import adapters
-from model.backends import Answer, Request, Token
+from model import adapters, llava
+from model.backends import Answer, Backend, Request, Token
 from tests.kiosk.conftest import picture
 from tests.kiosk.fakes import BrightnessBackend
 
@@ -58,7 +58,7 @@ def test_nobody_watching_loses_nothing(store: CaseStore, afya_home: Path, settin
     job = ask(store, engine)
     watching = engine.stream(job)
     assert next(watching) == "It "
-    watching.close()  # the browser was closed  # type: ignore[attr-defined]
+    del watching  # the browser was closed
     assert queries.turn(store, job.turn_id).status == "pending" and engine.job(job.turn_id) is job
     assert engine.submit(job.turn_id, BRIGHT) is job  # pressed twice, asked once
     gate.set()
@@ -159,3 +159,29 @@ def test_a_damaged_pointer_is_told_and_the_base_model_answers(
     assert wait(engine, ask(store, engine)) == "It is bright"
     engine.stop()
     assert "was refused and the model as it was installed answers" in (engine.status().notice or "")
+
+
+def test_a_real_adapter_is_swapped_in_under_a_real_model(
+    store: CaseStore, afya_home: Path, tiny: Path, tmp_path: Path
+) -> None:
+    engine = Engine(store, afya_home, Settings(model=str(tiny), bits=4, answer_tokens=4), lambda: real(tiny))
+    request = Request(np.full((32, 32, 3), 200, np.uint8), "Is it bright?", (), 4)
+    before = ask(store, engine, request)
+    wait(engine, before)
+    state = adapters.initial(tiny, 4, 8, "decoder", 0)
+    changed = {name: value + 0.5 for name, value in state.items()}
+    adapters.save(tmp_path / "adapter", changed, adapters.spec_of(changed, 8, llava.base_sha256(tiny)))
+    name = adapters.install(afya_home, tmp_path / "adapter", evidence={"round": 3})
+    after = ask(store, engine, request)
+    wait(engine, after)
+    engine.stop()
+    first, second = queries.turn(store, before.turn_id), queries.turn(store, after.turn_id)
+    assert (first.adapter_name, first.adapter_sha256) == (None, None)
+    assert second.adapter_name == name and second.adapter_sha256 == adapters.sha256(tmp_path / "adapter")
+    assert first.confidence != second.confidence
+
+
+def real(folder: Path) -> Backend:
+    from model.backends import TorchBackend
+
+    return TorchBackend(folder, 4)

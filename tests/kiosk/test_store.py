@@ -3,6 +3,7 @@
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,8 +103,8 @@ def test_a_failed_migration_leaves_the_old_tables_and_no_record(store: CaseStore
     steps = schema.migrations()
 
     @steps(name="0002_broken")
-    def broken(db: object) -> None:
-        schema.run_script(db, "create table extra (id integer); insert into nowhere values (1);")  # type: ignore[arg-type]
+    def broken(db: Any) -> None:
+        schema.run_script(db, "create table extra (id integer); insert into nowhere values (1);")
 
     with pytest.raises(StoreError, match="not upgraded"):
         CaseStore(store.path, steps)
@@ -119,8 +120,8 @@ def test_a_migration_commits_with_its_record_and_an_older_program_refuses(store:
     steps = schema.migrations()
 
     @steps(name="0002_extra")
-    def extra(db: object) -> None:
-        schema.run_script(db, "create table extra (id integer) strict;")  # type: ignore[arg-type]
+    def extra(db: Any) -> None:
+        schema.run_script(db, "create table extra (id integer) strict;")
 
     newer = CaseStore(store.path, steps)
     assert queries.counts(newer).cases == 1
