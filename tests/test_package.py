@@ -72,5 +72,5 @@ def test_whatever_is_imported_is_declared(room: str) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
         for module in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
     }
-    foreign = imported - set(sys.stdlib_module_names) - {*PACKAGES, "tests", ""}
+    foreign = imported - set(sys.stdlib_module_names) - {*PACKAGES, "tests", "scripts", ""}
     assert not {m for m in foreign if not {d.lower() for d in providers.get(m, [])} & declared(*extras)}
