@@ -122,13 +122,18 @@ class FakeGrid(Grid):
             number = f"m{len(self.sent)}"
             message.metadata.__dict__["_message_id"] = number
             node = message.metadata.dst_node_id
-            release = message.metadata.message_type.startswith("query")
-            answer = installs(node, message) if release else self.clinics[node](node, message)
+            answer = self.answer(node, message)
             if isinstance(answer, (RecordDict, Error)):
                 answer = Message(answer, reply_to=message)
             self._answers[number] = answer
             ids.append(number)
         return ids
+
+    def answer(self, node: int, message: Message) -> RecordDict | Error | Exception | None:
+        """What a clinic sends back: its function's reply to a train message, an installation of any release."""
+        if message.metadata.message_type.startswith("query"):
+            return installs(node, message)
+        return self.clinics[node](node, message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         found = [self._answers.get(number) for number in message_ids]

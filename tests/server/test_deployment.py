@@ -4,7 +4,6 @@ And what must not work: Flower's Control API from the clinics' side, and a node 
 """
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from client import node
 from model import adapters, phantoms
-from scripts.federation import Local, family
+from scripts.federation import Local, family, free_ports
 from server import certs, link
 from tests.client.clinic import fill
 
@@ -30,7 +30,7 @@ def test_two_rounds_over_tls_with_registered_keys_behind_the_proxy(tmp_path: Pat
         _control_api_is_refused(local, tmp_path)
         stranger = _stranger(local, tmp_path)
         events = local.rounds({"num-server-rounds": 2, "rank": 2, "local-steps": 8, "batch-size": 8, "min-clinics": 3})
-        _stranger_is_refused(stranger)
+        _stranger_is_refused(stranger, tmp_path / "stranger.log")
         pids = [child.pid for child in local.processes.values()]
         peaks = dict(local.memory.peaks)
     assert not any(family(pid) for pid in pids)
@@ -73,16 +73,17 @@ def _stranger(local: Local, tmp_path: Path) -> "subprocess.Popen[bytes]":
     key = tmp_path / "other/clinics/stranger/node.key"
     command = [link.program("flower-supernode"), "--superlink", local.server]
     command += ["--root-certificates", str(local.out / "certs/ca.crt"), "--auth-supernode-private-key", str(key)]
-    command += ["--port", "0", "--max-retries", "1"]
-    environment = {**os.environ, "FLWR_HOME": str(tmp_path / "stranger-flower")}
+    command += ["--port", str(free_ports(1)[0]), "--max-retries", "1"]
+    environment = node.environment(tmp_path / "stranger")
     with open(tmp_path / "stranger.log", "wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _stranger_is_refused(stranger: "subprocess.Popen[bytes]") -> None:
+def _stranger_is_refused(stranger: "subprocess.Popen[bytes]", log: Path) -> None:
     end = time.monotonic() + 30
     try:
         assert stranger.wait(max(0.1, end - time.monotonic())) != 0
+        assert "Failed to activate SuperNode" in log.read_text(), log.read_text()
     finally:
         for process in family(stranger.pid):
             process.kill()
