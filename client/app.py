@@ -7,6 +7,7 @@ Not here: who may connect (registered keys, TLS) and what lies in training/ (the
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,6 +16,9 @@ from client import limits
 from model import adapters, files
 from model.adapters import AdapterRejected
 from model.npy import read_exact
+
+if TYPE_CHECKING:
+    from client.trainer import Trained
 
 app = ClientApp()
 
@@ -70,6 +74,11 @@ def train_reply(content: RecordDict, home: Path) -> RecordDict:
         return _refusal(str(error))
     except RuntimeError as error:  # out of memory, a loss that is no number: this round is lost, the clinic goes on
         return _refusal(f"training stopped: {error}")
+    return _trained(trained, request, time.monotonic() - start)
+
+
+def _trained(trained: "Trained", request: limits.Request, seconds: float) -> RecordDict:
+    """The factor that was asked for, and what a coordinator may know of how it was made."""
     factor = {name: array for name, array in trained.state.items() if adapters.factor(name) == request.factor}
     metrics = {
         "num-examples": trained.examples,
@@ -77,7 +86,7 @@ def train_reply(content: RecordDict, home: Path) -> RecordDict:
         "steps": trained.steps,
         "loss-before": trained.loss_before,
         "loss-after": trained.loss_after,
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
         "peak-rss-mib": trained.peak_rss_mib,
         "bytes": adapters.state_bytes(factor),
     }
