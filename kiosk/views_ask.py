@@ -15,6 +15,7 @@ from kiosk.inference import AnswerFailed
 from kiosk.records import Case, NewImage, Turn
 from model import images
 
+FILE, CAMERA = "Choose a file", "Use the camera"
 EXAMPLES = ("What part of the body is shown?", "What kind of image is this?", "Is anything abnormal?")
 
 
@@ -35,12 +36,14 @@ def _new_case(desk: Desk, author: str) -> None:
         found = _choose_picture()
         if found is not None:
             picture, png = found
-            st.image(png, width="stretch")
+            if not _from_camera():  # there the photograph is seen already
+                st.image(png, width="stretch")
             st.caption(describe(picture.format, picture.frame, picture.frames, picture.fields))
     with right:
         st.subheader("2 · Ask", anchor=False)
         if found is None:
             st.write("Add a picture first. Then ask about it here in your own words.")
+            st.write("You can check each answer, and say whether the case may improve the model.")
             st.caption(f"{views.DISCLAIMER} Everything stays on this computer.")
             return
         question = _question_box()
@@ -55,10 +58,8 @@ def _new_case(desk: Desk, author: str) -> None:
 def _choose_picture() -> tuple[images.Picture, bytes] | None:
     """A file or a photograph, decoded and as a PNG without metadata; None until there is one that can be read."""
     round_ = st.session_state.get("upload_round", 0)
-    source = st.segmented_control(
-        "Where is the picture?", ("Choose a file", "Use the camera"), default="Choose a file", key=f"source_{round_}"
-    )
-    if source == "Use the camera":
+    st.segmented_control("Where is the picture?", (FILE, CAMERA), default=FILE, key=f"source_{round_}")
+    if _from_camera():
         given = st.camera_input("Hold the picture in front of the camera", key=f"camera_{round_}")
     else:
         given = st.file_uploader(
@@ -69,25 +70,30 @@ def _choose_picture() -> tuple[images.Picture, bytes] | None:
     data = given.getvalue()
     found = _decoded(data, None)
     if found is not None and found[0].frames > 1:
-        number = st.slider("This file holds several pictures. Which one?", 1, found[0].frames, found[0].frame + 1)
+        many = found[0].frames
+        number = st.slider(f"This file holds {many} pictures. Which one?", 1, many, found[0].frame + 1)
         found = _decoded(data, number - 1) if number - 1 != found[0].frame else found
     return found
 
 
+def _from_camera() -> bool:
+    return bool(st.session_state.get(f"source_{st.session_state.get('upload_round', 0)}") == CAMERA)
+
+
 def _decoded(data: bytes, frame: int | None) -> tuple[images.Picture, bytes] | None:
     """Decode once per picture and session; a picture that is refused shows one sentence."""
-    key = (hashlib.sha256(data).hexdigest(), frame)
-    cached: Any = st.session_state.get("picture")
-    if cached is not None and cached[0] == key:
-        return cached[1]
-    try:
-        picture = images.decode(data, frame=frame)
-    except images.ImageRejected as error:
-        st.error(f"This picture cannot be used. {error}")
-        return None
-    found = (picture, images.to_png(picture.rgb))
-    st.session_state["picture"] = (key, found)
-    return found
+    digest = hashlib.sha256(data).hexdigest()
+    cached: dict[tuple[str, int | None], tuple[images.Picture, bytes]] = st.session_state.get("picture", {})
+    if (digest, frame) not in cached:
+        try:
+            picture = images.decode(data, frame=frame)
+        except images.ImageRejected as error:
+            st.error(f"This picture cannot be used. {views.plain(str(error))}")
+            return None
+        cached = {key: found for key, found in cached.items() if key == (digest, None)}  # at most two are kept
+        cached[digest, frame] = (picture, images.to_png(picture.rgb))
+        st.session_state["picture"] = cached
+    return cached[digest, frame]
 
 
 def _case(desk: Desk, case: Case, author: str) -> None:
@@ -126,6 +132,8 @@ def _turn(desk: Desk, case: Case, turn: Turn, author: str, png: bytes) -> bool:
             return False
         job = desk.engine.job(turn.id)
         if job is None:
+            if turn.status == "pending" and queries.turn(desk.store, turn.id).status != "pending":
+                st.rerun()  # the answer came between reading the case and asking for the job
             st.warning(
                 f"Not answered. {views.plain(turn.problem) or 'The kiosk was stopped before the answer was ready.'}"
             )

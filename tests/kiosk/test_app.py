@@ -165,3 +165,14 @@ def test_a_damaged_database_is_one_sentence(afya_home: Path) -> None:
     (afya_home / "kiosk.db").write_bytes(b"not a database at all" * 99)
     test = check(AppTest.from_file(str(APP), default_timeout=20).run())
     assert "The kiosk cannot start." in texts(test)
+
+
+def test_an_answer_that_comes_while_the_page_is_drawn_is_shown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    case_id, turn_id = desk.store.add_case(picture(), "NA", "Is it bright?")
+
+    def job(_: int) -> None:  # finished between reading the case and this look
+        desk.store.answer_turn(turn_id, answer("It is bright"))
+
+    monkeypatch.setattr(desk.engine, "job", job)
+    test = app(by="NA", case=str(case_id))
+    assert "**It is bright**" in texts(test) and "Not answered" not in texts(test)

@@ -163,5 +163,5 @@ class ConsentHistories(RuleBasedStateMachine):
 
 TestConsentHistories = ConsentHistories.TestCase
 TestConsentHistories.settings = settings(
-    max_examples=300, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=200, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
