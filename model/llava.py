@@ -25,7 +25,7 @@ from model import files
 
 BITS = (32, 16, 8, 4)
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_UNHASHED = ("release.json", "report.json", "trainer_state.json")  # evidence about the model, not the model
+_UNHASHED = ("release.json", "report.json", "training.json", "trainer_state.json")  # evidence about the model, not the model
 KEPT = ("lm_head",)  # full names of layers, or of parts with a trailing dot, that are never quantized
 _IN_MULTIPLE, _OUT_MULTIPLE = 64, 32  # what the packed 4-bit CPU kernel of bitsandbytes takes
 
@@ -193,7 +193,7 @@ def quantization(config: Any, bits: int, dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     skip = unquantized(config)
-    if bits == 8:
+    if bits == 8:  # outlier columns (threshold > 0) are those of the whole batch: rows would change each other
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
