@@ -158,4 +158,5 @@ def megabytes(size: float | None) -> str:
 
 def plain(text: str | None) -> str:
     """Text as it is: nothing in it is taken for Markdown, so an answer cannot draw links or pictures."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()<>#+-.!|~$:&" else letter for letter in (text or ""))
+    shown = "".join(letter if letter.isprintable() else " " for letter in (text or ""))
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()<>#+-.!|~$:&" else letter for letter in shown)
