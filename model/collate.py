@@ -22,18 +22,20 @@ class Encoded:
     image: int
 
 
-def encode_sample(sample: Sample, tokenizer: Any, image_tokens: int, image: int = 0, template: Template = AFYA) -> Encoded:
+def encode_sample(
+    sample: Sample, tokenizer: Any, image_tokens: int, image: int = 0, template: Template = AFYA
+) -> Encoded:
     """Encode a sample with its answer; only the answer and the end marker carry labels."""
     turns = [*sample.history, (sample.question, "")]
     ids, labels = encode(tokenizer, template, turns, image_tokens, sample.answer)
     return Encoded(ids, labels, image)
 
 
-def pad(batch: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[str, Any]:
-    """Pad to the longest: input_ids, attention_mask, labels as int64 tensors (batch, length)."""
+def pad(batch: Sequence[Encoded], pad_id: int, left: bool = False, multiple: int = 1) -> dict[str, Any]:
+    """Pad to the longest, rounded up to `multiple`: input_ids, attention_mask, labels int64 (batch, length)."""
     import torch
 
-    length = max(len(item.ids) for item in batch)
+    length = -(-max(len(item.ids) for item in batch) // multiple) * multiple
     ids = torch.full((len(batch), length), pad_id, dtype=torch.long)
     labels = torch.full((len(batch), length), IGNORE, dtype=torch.long)
     mask = torch.zeros((len(batch), length), dtype=torch.long)

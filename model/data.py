@@ -75,7 +75,7 @@ def read_slake(path: Path, images: Path) -> list[Sample]:
         }
         samples.append(
             Sample(
-                id=f"slake-{row.get('q_lang', 'en')}-{row.get('qid', number)}",
+                id=str(row.get("qid", number)),
                 image=images / name,
                 question=_text(row, "question", where),
                 answer=_text(row, "answer", where),
@@ -97,7 +97,7 @@ def read_vqa_rad(path: Path, images: Path) -> list[Sample]:
         meta = {"content_type": str(row.get("question_type", "")), "location": str(row.get("image_organ", ""))}
         samples.append(
             Sample(
-                id=f"vqa-rad-{row.get('qid', number)}",
+                id=str(row.get("qid", number)),
                 image=images / name,
                 question=_text(row, "question", where),
                 answer=_text(row, "answer", where),

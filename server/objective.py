@@ -9,22 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.packing import visible
 from model.prompts import IGNORE
 
 
 class Objective(nn.Module):
-    """Wraps the model so that one call gives the loss of a batch and the count of fully right answers."""
+    """Wraps the model so that one call gives the loss of a packed batch."""
 
-    def __init__(self, model: Any, label_smoothing: float = 0.0, distill: float = 0.0, temperature: float = 1.0) -> None:
+    def __init__(self, model: Any, label_smoothing: float = 0.0, distill: float = 0.0, temperature: float = 1.0):
         super().__init__()
         self.model = model
         self.label_smoothing, self.distill, self.temperature = label_smoothing, distill, temperature
 
-    def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, pixel_values: torch.Tensor, soft: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, batch: dict[str, torch.Tensor], soft: torch.Tensor | None = None) -> torch.Tensor:
         """Mean loss over labelled positions; `soft` are teachers' probabilities (labelled positions, vocabulary)."""
-        logits, target = labelled_logits(self.model, input_ids, labels, pixel_values)
+        logits, target, _ = labelled_logits(self.model, batch)
         loss = nn.functional.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         if soft is None:
             return loss
@@ -33,46 +32,60 @@ class Objective(nn.Module):
         return (1 - self.distill) * loss + self.distill * divergence
 
 
-def labelled_logits(
-    model: Any, input_ids: torch.Tensor, labels: torch.Tensor, pixel_values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits float32 (positions, vocabulary) that predict each labelled token, and those tokens (positions,).
+def labelled_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits float32 (positions, vocabulary) that predict each labelled token, those tokens, and their places (n, 2).
 
-    Rows are padded on the right, so the causal mask alone keeps padding out and no attention mask is needed.
+    `batch` holds input_ids, labels, segments and positions, int64 (groups, length), of `model.packing.pack`, and
+    pixel_values float32 (groups, 3, S, S).
     """
-    hidden = model.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False).last_hidden_state
-    keep = labels[:, 1:] != IGNORE
-    return model.lm_head(hidden[:, :-1][keep]).float(), labels[:, 1:][keep]
+    hidden = model.model(
+        input_ids=batch["input_ids"],
+        pixel_values=batch["pixel_values"],
+        attention_mask=visible(batch["segments"]),
+        position_ids=batch["positions"],
+        use_cache=False,
+    ).last_hidden_state
+    keep = batch["labels"][:, 1:] != IGNORE
+    return model.lm_head(hidden[:, :-1][keep]).float(), batch["labels"][:, 1:][keep], keep.nonzero()
 
 
 @torch.no_grad()
-def soft_answers(
-    teachers: Sequence[Any], input_ids: torch.Tensor, labels: torch.Tensor, pixel_values: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def soft_answers(teachers: Sequence[Any], batch: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
     """Mean of the teachers' probabilities at the labelled positions."""
     total: Any = 0.0
     for teacher in teachers:
-        logits, _ = labelled_logits(teacher, input_ids, labels, pixel_values)
-        total = total + (logits / temperature).softmax(-1)
+        total = total + (labelled_logits(teacher, batch)[0] / temperature).softmax(-1)
     return total / len(teachers)
 
 
 @torch.no_grad()
-def exact_answers(model: Any, input_ids: torch.Tensor, labels: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Bool (batch,): would greedy decoding give exactly the labelled tokens? (true iff every one is the argmax)."""
-    logits, target = labelled_logits(model, input_ids, labels, pixel_values)
-    wrong = (logits.argmax(-1) != target).float()
-    row = torch.nonzero(labels[:, 1:] != IGNORE)[:, 0]
-    return torch.zeros(labels.shape[0], device=labels.device).index_add_(0, row, wrong) == 0
+def exact_answers(model: Any, batch: dict[str, torch.Tensor]) -> list[list[bool]]:
+    """For each group and question: would greedy decoding give exactly the labelled tokens? (iff each is the argmax)."""
+    logits, target, place = labelled_logits(model, batch)
+    right = [[True] * int(line.max()) for line in batch["segments"]]
+    for line, column in place[logits.argmax(-1) != target].tolist():
+        right[line][int(batch["segments"][line, column + 1]) - 1] = False
+    return right
 
 
 def add_drop_path(model: Any, rate: float) -> None:
     """Skip each tower and decoder layer's change for a random share of the batch while training."""
-    towers = [model.model.vision_tower, model.model.language_model]
-    for tower in towers:
-        layers = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))
+    for layers in _stacks(model):
         for number, layer in enumerate(layers):
             layer.register_forward_hook(_dropper(rate * (number + 1) / len(layers)))
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each layer's forward: equal layers share one compiled graph, so the start stays short."""
+    torch._dynamo.config.recompile_limit = 64  # one per padded length and stack
+    for layers in _stacks(model):
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
+def _stacks(model: Any) -> list[nn.ModuleList]:
+    towers = [model.model.vision_tower, model.model.language_model]
+    return [next(m for m in tower.modules() if isinstance(m, nn.ModuleList)) for tower in towers]
 
 
 def _dropper(rate: float) -> Any:

@@ -1,4 +1,4 @@
-"""What a training run writes and derives beside the weights: log, plot, configuration, schedule, DeepSpeed's settings."""
+"""What a training run writes or derives beside the weights: log, plot, configuration, schedule, DeepSpeed settings."""
 
 import json
 import math
@@ -27,6 +27,18 @@ def begin(out: Path, recipe: Recipe, samples: Sequence[Sample], model: Any) -> N
     text = json.dumps({"recipe": recipe.as_dict(), "counts": counts}, indent=1)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")
     (out / "log.jsonl").write_text("", encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path, dtype: str) -> None:
+    """Write a copy of the weights in `dtype` as safetensors shards below 16 MB; the model stays as it is."""
+    import copy
+
+    import torch
+
+    for layer in model.modules():  # compiled forwards are instance attributes and cannot be copied
+        layer.__dict__.pop("forward", None)
+    shipped = copy.deepcopy(model).to("cpu", getattr(torch, dtype))
+    shipped.save_pretrained(folder, max_shard_size="15MB")
 
 
 def log(out: Path, row: dict[str, Any]) -> None:

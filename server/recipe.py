@@ -25,6 +25,7 @@ class Source:
     images: str
     repeat: int = 1
     optional: bool = False
+    mirror: bool = False  # adds every row once more, mirrored, with left and right exchanged in the words
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,25 @@ class DataConfig:
 
     sources: tuple[Source, ...] = ()
     exclude_images_of: tuple[str, ...] = ()
-    exclude_modality: str = ""
     validate: str = ""
     validate_images: str = ""
     phantom_images: int = 0  # synthetic radiographs added to each epoch's data
     phantom_seed: int = 1
-    phantom_repeat: int = 1
-    cross_questions: float = 0.0  # with teachers: share of rows whose question comes from another image
+    phantom_parts: int = 1  # an epoch sees one of so many parts of them, in turn
+    hold_out: float = 0.0  # share of the images of each source that is kept out, for a base that has not seen them
+    hold_out_seed: int = 7
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay; batch counts samples over all processes."""
+    """AdamW with warm-up and cosine decay.
+
+    `batch` counts pictures over all processes, `pack` the questions asked at once about each, at most.
+    """
 
     epochs: int = 60
-    batch: int = 128
+    batch: int = 32
+    pack: int = 8
     lr: float = 1e-3
     min_lr: float = 1e-5
     weight_decay: float = 0.05
@@ -70,6 +75,9 @@ class EngineConfig:
 
     zero_stage: int = 1
     precision: str = "bf16"
+    save_dtype: str = "float32"  # of the shipped weights: float32, float16 or bfloat16
+    compile: bool = False  # torch.compile for tower and decoder: about a minute at the start, faster steps on a GPU
+    length_multiple: int = 1  # token rows are padded to a multiple of this, so that compiled shapes repeat
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,13 @@ class Recipe:
         return asdict(self)
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "augment": AugmentConfig, "engine": EngineConfig}
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "augment": AugmentConfig,
+    "engine": EngineConfig,
+}
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -139,8 +153,12 @@ def _check(recipe: Recipe) -> list[str]:
         faults.append("model.image_size must be a multiple of model.patch_size")
     if recipe.engine.precision not in ("fp32", "bf16"):
         faults.append("engine.precision must be fp32 or bf16")
+    if recipe.engine.save_dtype not in ("float32", "float16", "bfloat16"):
+        faults.append("engine.save_dtype must be float32, float16 or bfloat16")
     if recipe.engine.zero_stage not in (0, 1, 2):
-        faults.append("engine.zero_stage must be 0, 1 or 2 here (the weight average needs whole weights on each process)")
+        faults.append(
+            "engine.zero_stage must be 0, 1 or 2 here (the weight average needs whole weights on each process)"
+        )
     if recipe.optim.epochs < 1 or recipe.optim.batch < 1 or recipe.optim.lr <= 0:
         faults.append("optim.epochs, optim.batch and optim.lr must be positive")
     if not recipe.data.sources and not recipe.data.phantom_images:

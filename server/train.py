@@ -6,21 +6,23 @@ Not here: the three stages of the published checkpoints, ZeRO-3, several hosts.
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from model import build
 from model.data import Sample, read
+from model.packing import grouped
 from server import outputs
 from server.augment import augment
 from server.ema import Ema
-from server.objective import Objective, add_drop_path, exact_answers, soft_answers
+from server.objective import Objective, add_drop_path, compile_layers, exact_answers, soft_answers
 from server.recipe import Recipe
-from server.train_data import Bank, build_bank, epoch_batches, gather, normalise
+from server.train_data import Bank, build_bank, epoch_batches, gather, normalise, steps
 
 
 @dataclass
@@ -39,22 +41,28 @@ class Run:
     held_out: Bank | None
     ema: Ema
     teachers: list[Any]
+    total: int  # optimiser steps of the whole run
     step: int = 0
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of one epoch."""
-        return len(self.bank.samples) // self.recipe.optim.batch
 
+def train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    start: Path | None = None,
+    teachers: tuple[Path, ...] = (),
+) -> Path:
+    """Train and write `out/model` (weights, processor, configuration); returns that folder.
 
-def train(recipe: Recipe, data: Path, out: Path, *, resume: bool = False, teachers: tuple[Path, ...] = ()) -> Path:
-    """Train and write `out/model` (weights, processor, configuration); returns that folder."""
-    run = _start(recipe, data, out, teachers)
+    `start` is a trained model to go on from; without it the weights are random and the tokenizer is made from the data.
+    """
+    run = _start(recipe, data, out, start, teachers)
     first = _resume(run) if resume else 0
     if run.rank == 0 and not first:
         outputs.begin(out, recipe, run.bank.samples, run.model)
-    total = recipe.optim.epochs * run.steps_per_epoch
-    bar = tqdm(total=total, initial=run.step, desc="train", unit="step", disable=run.rank != 0, mininterval=1.0)
+    bar = tqdm(total=run.total, initial=run.step, desc="train", unit="step", disable=run.rank != 0, mininterval=1.0)
     for epoch in range(first, recipe.optim.epochs):
         _epoch(run, epoch, bar)
         last = epoch + 1 == recipe.optim.epochs
@@ -67,31 +75,33 @@ def train(recipe: Recipe, data: Path, out: Path, *, resume: bool = False, teache
     return _finish(run)
 
 
-def _start(recipe: Recipe, data: Path, out: Path, teachers: tuple[Path, ...]) -> Run:
+def _start(recipe: Recipe, data: Path, out: Path, start: Path | None, teachers: tuple[Path, ...]) -> Run:
     import deepspeed
 
     device, rank, world = _processes()
     samples = gather(recipe.data, data)
-    if len(samples) < recipe.optim.batch:  # a tiny set still gives one batch an epoch
-        recipe = replace(recipe, optim=replace(recipe.optim, batch=max(world, len(samples) // world * world)))
-    model, processor = _model(recipe, samples, teachers)
-    bank = build_bank(samples, processor, model.config.image_seq_length, device)
+    model, processor = _model(recipe, samples, start, teachers)
+    tokens = model.config.image_seq_length
+    bank = build_bank(samples, processor, tokens, device)
     held_out = None
     if recipe.data.validate:
         rows = read(data / recipe.data.validate, data / recipe.data.validate_images)
-        held_out = build_bank(rows, processor, model.config.image_seq_length, device)
+        held_out = build_bank(rows, processor, tokens, device)
     add_drop_path(model, recipe.optim.drop_path)
+    if recipe.engine.compile and device.type == "cuda":
+        compile_layers(model)
     objective = Objective(model, recipe.optim.label_smoothing, recipe.optim.distill, recipe.optim.temperature)
-    optimizer = torch.optim.AdamW(_groups(model, recipe), lr=recipe.optim.lr, betas=(0.9, recipe.optim.beta2))
-    steps = recipe.optim.epochs * (len(samples) // recipe.optim.batch)
+    total = sum(steps(bank, recipe.optim, recipe.data.phantom_parts))
+    optimizer = _optimizer(model, recipe, device)
     engine, _, _, _ = deepspeed.initialize(
         model=objective.to(device),
         optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, outputs.schedule(recipe, steps)),
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, outputs.schedule(recipe, total)),
         config=outputs.deepspeed_config(recipe, world),
     )
+    ema = Ema(model, recipe.optim.ema)
     loaded = [_teacher(path, device) for path in teachers]
-    return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, Ema(model, recipe.optim.ema), loaded)
+    return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, ema, loaded, total)
 
 
 def _processes() -> tuple[Any, int, int]:
@@ -111,16 +121,15 @@ def _processes() -> tuple[Any, int, int]:
     return device, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def _model(recipe: Recipe, samples: list[Sample], teachers: tuple[Path, ...]) -> tuple[Any, Any]:
-    """A new model; with teachers it takes their tokenizer, so that soft answers speak of the same tokens."""
-    corpus = [text for sample in samples for text in (sample.question, sample.answer)]
-    tokenizer = None
-    if teachers:
-        from transformers import AutoProcessor
+def _model(recipe: Recipe, samples: list[Sample], start: Path | None, teachers: tuple[Path, ...]) -> tuple[Any, Any]:
+    """The model to train and its processor; with teachers it speaks their tokens, so that soft answers fit."""
+    from transformers import AutoProcessor
 
-        tokenizer = AutoProcessor.from_pretrained(teachers[0]).tokenizer
-    model, processor = build.build(recipe.model, corpus, recipe.optim.seed, tokenizer)
-    return model, processor
+    if start:
+        return _teacher(start, "cpu").train(), AutoProcessor.from_pretrained(start)
+    corpus = [text for sample in samples for text in (sample.question, sample.answer)]
+    tokenizer = AutoProcessor.from_pretrained(teachers[0]).tokenizer if teachers else None
+    return build.build(recipe.model, corpus, recipe.optim.seed, tokenizer)
 
 
 def _teacher(path: Path, device: Any) -> Any:
@@ -129,10 +138,12 @@ def _teacher(path: Path, device: Any) -> Any:
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).to(device).eval()
 
 
-def _groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+def _optimizer(model: Any, recipe: Recipe, device: Any) -> Any:
+    """AdamW; norms and biases are not decayed."""
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": decay, "weight_decay": recipe.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decay, "weight_decay": recipe.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=(0.9, recipe.optim.beta2), fused=device.type == "cuda")
 
 
 def _autocast(run: Run) -> Any:
@@ -143,14 +154,16 @@ def _epoch(run: Run, epoch: int, bar: Any) -> None:
     recipe = run.recipe
     run.engine.train()
     losses: list[Any] = []
-    for rows in epoch_batches(len(run.bank.samples), recipe.optim.batch, recipe.optim.seed, epoch, run.rank, run.world):
-        batch = run.bank.batch(rows)
-        generator = torch.Generator(run.device).manual_seed((recipe.optim.seed * 1_000_003 + run.step) * 64 + run.rank)
-        torch.manual_seed((recipe.optim.seed * 1_000_003 + run.step) * 64 + run.rank)
-        pictures = normalise(augment(batch.pop("pictures"), recipe.augment, generator), run.processor)
+    for groups in epoch_batches(run.bank, recipe.optim, recipe.data.phantom_parts, epoch, run.rank, run.world):
+        batch = run.bank.batch(groups, recipe.engine.length_multiple)
+        seed = (recipe.optim.seed * 1_000_003 + run.step) * 64 + run.rank
+        torch.manual_seed(seed)
+        generator = torch.Generator(run.device).manual_seed(seed)
+        pictures = augment(batch.pop("pictures"), recipe.augment, generator)
+        batch["pixel_values"] = normalise(pictures, run.processor)
         with _autocast(run):
-            soft = soft_answers(run.teachers, pixel_values=pictures, temperature=recipe.optim.temperature, **batch) if run.teachers else None
-            loss = run.engine(pixel_values=pictures, soft=soft, **batch)
+            soft = soft_answers(run.teachers, batch, recipe.optim.temperature) if run.teachers else None
+            loss = run.engine(batch, soft)
         run.engine.backward(loss)
         run.engine.step()
         run.step += 1
@@ -168,17 +181,20 @@ def _validate(run: Run, epoch: int) -> None:
     """Strict exact match of the averaged weights on the held-out rows, by type; logged, never trained on."""
     if run.rank or not run.held_out:
         return
-    bank, right = run.held_out, []
+    bank = run.held_out
+    flags: dict[int, bool] = {}
+    rows = grouped(range(len(bank.samples)), bank.image_of, run.recipe.optim.pack, np.random.default_rng(0))
     run.model.eval()
-    with run.ema.applied(run.model), _autocast(run):
-        for start in range(0, len(bank.samples), 256):
-            batch = bank.batch(range(start, min(start + 256, len(bank.samples))))
-            pictures = normalise(batch.pop("pictures"), run.processor)
-            right.append(exact_answers(run.model, pixel_values=pictures, **batch))
-    flags = torch.cat(right).tolist()
-    scores = {"all": 100 * sum(flags) / len(flags)}
+    with run.ema.applied(run.model), _autocast(run), torch.compiler.set_stance("force_eager"):
+        for start in range(0, len(rows), 32):
+            groups = rows[start : start + 32]
+            batch = bank.batch(groups)
+            batch["pixel_values"] = normalise(batch.pop("pictures"), run.processor)
+            for group, right in zip(groups, exact_answers(run.model, batch), strict=True):
+                flags.update(zip(group, right, strict=True))
+    scores = {"all": 100 * sum(flags.values()) / len(flags)}
     for kind in ("closed", "open"):
-        chosen = [flag for flag, sample in zip(flags, bank.samples, strict=True) if sample.answer_type == kind]
+        chosen = [flags[row] for row, sample in enumerate(bank.samples) if sample.answer_type == kind]
         scores[kind] = 100 * sum(chosen) / max(len(chosen), 1)
     outputs.log(run.out, {"epoch": epoch + 1, "step": run.step, "validate": scores})
     tqdm.write(f"epoch {epoch + 1}: exact match " + ", ".join(f"{k} {v:.1f} %" for k, v in scores.items()))
@@ -200,7 +216,7 @@ def _resume(run: Run) -> int:
     """Load the last checkpoint; returns the number of finished epochs."""
     folder = run.out / "checkpoints"
     path, state = run.engine.load_checkpoint(str(folder)) if (folder / "latest").exists() else (None, None)
-    if path is None:
+    if path is None or state is None:
         return 0
     run.step = int(state["step"])
     run.ema = Ema(run.model, run.recipe.optim.ema)
@@ -214,7 +230,7 @@ def _finish(run: Run) -> Path:
     folder = run.out / "model"
     if run.rank == 0:
         with run.ema.applied(run.model):
-            run.model.save_pretrained(folder, max_shard_size="15MB")
+            outputs.save_weights(run.model, folder, run.recipe.engine.save_dtype)
         run.processor.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(run.recipe.as_dict(), indent=1) + "\n", encoding="utf-8")
         outputs.plot(run.out)

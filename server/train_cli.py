@@ -21,6 +21,7 @@ PATH = click.Path(path_type=Path)
     "--teacher", "teachers", multiple=True, type=PATH, help="Trained model whose soft answers are learnt too."
 )
 @click.option("--processes", default=1, show_default=True, help="Processes on this machine (GPUs, or CPU processes).")
+@click.option("--model", "start", type=click.Path(path_type=Path), help="Trained model to go on from (else random).")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 def train(
     recipe: Path,
@@ -29,6 +30,7 @@ def train(
     overrides: tuple[str, ...],
     teachers: tuple[Path, ...],
     processes: int,
+    start: Path | None,
     resume: bool,
 ) -> None:
     """Train a model with DeepSpeed, on a GPU or on CPU processes."""
@@ -43,7 +45,7 @@ def train(
         _quiet()
         from server.train import train as run
 
-        folder = run(loaded, data, out, resume=resume, teachers=teachers)
+        folder = run(loaded, data, out, resume=resume, start=start, teachers=teachers)
     except (recipes.RecipeError, DataError) as error:
         raise click.ClickException(str(error)) from error
     if os.environ.get("RANK", "0") == "0":

@@ -1,34 +1,37 @@
-"""Training data on the training device: a table of pictures and padded token rows, and seeded batches of both.
+"""Training data: a table of pictures on the training device, encoded rows, and seeded batches of both.
 
 Everything fits in memory at the reference's scale (some thousand rows); streaming of larger sets is not covered here.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model.collate import Encoded, encode_sample, pad
-from model.data import DataError, Sample, load_rgb, read
-from server.recipe import DataConfig, Source
+from model.collate import Encoded, encode_sample
+from model.data import DataError, Sample, load_rgb, read, split_by_group
+from model.packing import Group, grouped, pack
+from server.recipe import DataConfig, OptimConfig, Source
 
 
 def gather(config: DataConfig, folder: Path) -> list[Sample]:
     """All training samples of a recipe, repeats included, without the images that must stay unseen."""
     hidden: set[str] = set()
     for name in config.exclude_images_of:
-        hidden |= {_key(sample) for sample in read(folder / name)}
+        hidden |= {sample.group for sample in read(folder / name)}
     samples: list[Sample] = []
     for source in config.sources:
-        samples += _source(source, folder)
-    samples = [s for s in samples if _key(s) not in hidden and not _excluded(s, config.exclude_modality)]
+        rows = [row for row in _source(source, folder) if row.group not in hidden]
+        rows, _ = split_by_group(rows, config.hold_out, config.hold_out_seed)
+        samples += (rows + [mirrored(row) for row in rows] if source.mirror else rows) * source.repeat
     if config.phantom_images:
         from model import phantoms
 
-        names = [n for n, scanner in phantoms.SCANNERS.items() if not scanner.unseen]
-        samples += phantoms.make(config.phantom_images, names, seed=config.phantom_seed) * config.phantom_repeat
+        names = [n for n, scanner in phantoms.SCANNERS.items() if scanner.standard]
+        samples += phantoms.make(config.phantom_images, names, seed=config.phantom_seed)
     if not samples:
         raise DataError(f"No training row is left below {folder}; check data.sources and the exclusions of the recipe.")
     return samples
@@ -38,36 +41,45 @@ def _source(source: Source, folder: Path) -> list[Sample]:
     path = folder / source.file
     if source.optional and not path.exists():
         return []
-    return read(path, folder / source.images) * source.repeat
+    return read(path, folder / source.images)
 
 
-def _key(sample: Sample) -> str:
-    return sample.group
+SWAP = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
-def _excluded(sample: Sample, modality: str) -> bool:
-    return bool(modality) and sample.meta.get("modality") == modality
+def mirrored(sample: Sample) -> Sample:
+    """The sample as seen in a mirror: picture flipped, left and right exchanged in question and answer."""
+
+    def swap(text: str) -> str:
+        return re.sub(r"\b(?:left|right|Left|Right)\b", lambda found: SWAP[found.group()], text)
+
+    image = np.ascontiguousarray(load_rgb(sample)[:, ::-1])
+    return replace(
+        sample, id=f"{sample.id}-mirrored", image=image, question=swap(sample.question), answer=swap(sample.answer)
+    )
 
 
 @dataclass
 class Bank:
-    """Pictures uint8 (images, 3, S, S), token rows and labels int64 (rows, length), lengths, and the picture of each row."""
+    """Pictures uint8 (images, 3, S, S) on the device, encoded rows and the picture of each row."""
 
     pictures: Any
-    ids: Any
-    labels: Any
-    lengths: list[int]
-    image_of: Any
+    encoded: list[Encoded]
     samples: list[Sample]
+    image_of: list[int]
+    prefix: int
+    pad_id: int
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Rows cut to the longest of them; pictures float32 in [0, 1]."""
+    def batch(self, groups: Sequence[Group], multiple: int = 1) -> dict[str, Any]:
+        """Packed groups, padded to `multiple` tokens; pictures float32 in [0, 1], one for each group."""
         import torch
 
-        length = max(self.lengths[row] for row in rows)
-        index = torch.tensor(list(rows), device=self.ids.device)
-        pictures = self.pictures[self.image_of[index]].float() / 255
-        return {"input_ids": self.ids[index, :length], "labels": self.labels[index, :length], "pictures": pictures}
+        device = self.pictures.device
+        packed = pack(self.encoded, groups, self.prefix, self.pad_id, multiple)
+        ids, labels, segments, positions = (part.to(device) for part in packed)
+        index = torch.tensor([self.image_of[group[0]] for group in groups], device=device)
+        pictures = self.pictures[index].float() / 255
+        return {"input_ids": ids, "labels": labels, "segments": segments, "positions": positions, "pictures": pictures}
 
 
 def build_bank(samples: Sequence[Sample], processor: Any, image_tokens: int, device: Any) -> Bank:
@@ -83,14 +95,13 @@ def build_bank(samples: Sequence[Sample], processor: Any, image_tokens: int, dev
             place[key] = len(pictures)
             pictures.append(resize(load_rgb(sample), processor))
         encoded.append(encode_sample(sample, processor.tokenizer, image_tokens, place[key]))
-    padded = pad(encoded, processor.tokenizer.pad_token_id)
     return Bank(
         pictures=torch.from_numpy(np.stack(pictures)).to(device),
-        ids=padded["input_ids"].to(device),
-        labels=padded["labels"].to(device),
-        lengths=[len(item.ids) for item in encoded],
-        image_of=torch.tensor([item.image for item in encoded], device=device),
+        encoded=encoded,
         samples=list(samples),
+        image_of=[item.image for item in encoded],
+        prefix=image_tokens + 1,
+        pad_id=processor.tokenizer.pad_token_id,
     )
 
 
@@ -109,8 +120,26 @@ def normalise(pictures: Any, processor: Any) -> Any:
     return (pictures - mean) / std
 
 
-def epoch_batches(rows: int, batch: int, seed: int, epoch: int, rank: int, world: int) -> Iterator[list[int]]:
-    """This process's share of each batch of one epoch; the order depends on seed and epoch alone. Drops the rest."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows).tolist()
-    for start in range(0, rows - batch + 1, batch):
-        yield order[start : start + batch][rank::world]
+def epoch_rows(samples: Sequence[Sample], parts: int, epoch: int) -> list[int]:
+    """Rows of one epoch: all but the synthetic ones, and of those one of `parts` equal parts, in turn."""
+    synthetic = [row for row, sample in enumerate(samples) if sample.source == "phantoms"]
+    share = len(synthetic) // parts
+    real = [row for row, sample in enumerate(samples) if sample.source != "phantoms"]
+    return real + synthetic[epoch % parts :: parts][:share]
+
+
+def epoch_batches(bank: Bank, config: OptimConfig, parts: int, epoch: int, rank: int, world: int) -> list[list[Group]]:
+    """This process's share of each batch of one epoch: groups of rows; the order depends on seed and epoch alone.
+
+    A batch holds `config.batch` groups over all processes; what is left over at the end of an epoch is dropped.
+    """
+    generator = np.random.default_rng([config.seed, epoch])
+    groups = grouped(epoch_rows(bank.samples, parts, epoch), bank.image_of, config.pack, generator)
+    size = min(config.batch, len(groups) // world * world)
+    return [groups[start : start + size][rank::world] for start in range(0, len(groups) - size + 1, size)]
+
+
+def steps(bank: Bank, config: OptimConfig, parts: int) -> list[int]:
+    """Optimiser steps of each epoch."""
+    by_part = [len(epoch_batches(bank, config, parts, part, 0, 1)) for part in range(min(parts, config.epochs))]
+    return [by_part[epoch % parts] for epoch in range(config.epochs)]
