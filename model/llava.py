@@ -25,7 +25,7 @@ from model import files
 
 BITS = (32, 16, 8, 4)
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_UNHASHED = ("release.json", "report.json", "training.json", "trainer_state.json")  # evidence about the model, not the model
+_UNHASHED = ("release.json", "report.json", "training.json", "trainer_state.json")  # evidence, not the model
 KEPT = ("lm_head",)  # full names of layers, or of parts with a trailing dot, that are never quantized
 _IN_MULTIPLE, _OUT_MULTIPLE = 64, 32  # what the packed 4-bit CPU kernel of bitsandbytes takes
 
