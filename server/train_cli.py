@@ -69,7 +69,8 @@ def _quiet() -> None:
 def _launch(processes: int) -> int:
     """Start the same command once per process through PyTorch's launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["-m", "server.train_cli", *sys.argv[sys.argv.index("train") + 1 :]]
+    given = sys.argv[sys.argv.index("train") + 1 :] if "train" in sys.argv else sys.argv[1:]
+    command += ["-m", "server.train_cli", *given]
     return subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
 
 
