@@ -23,8 +23,12 @@ def attach(loaded: llava.Loaded, adapter: Path, *, train: bool = False) -> llava
         raise llava.ModelError("An adapter is attached already; swap it instead.")
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode, config.base_model_name_or_path = not train, None
-    wrapped = get_peft_model(loaded.model, config)
-    _fill(wrapped, "default", adapter)
+    try:
+        wrapped = get_peft_model(loaded.model, config)
+        _fill(wrapped, "default", adapter)
+    except BaseException:
+        _strip(loaded.model)
+        raise
     wrapped.eval()
     return replace(loaded, model=wrapped, adapter_sha256=digest)
 
@@ -52,6 +56,17 @@ def swap(loaded: llava.Loaded, adapter: Path | None) -> llava.Loaded:
     wrapped.delete_adapter(former)
     wrapped.eval()
     return replace(loaded, adapter_sha256=digest)
+
+
+def _strip(model: Any) -> None:
+    """Take half-attached LoRA layers out again, so that the base answers as before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            model.set_submodule(name, layer.get_base_layer())
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(leftover, None)
 
 
 def _fill(wrapped: Any, name: str, adapter: Path) -> None:
