@@ -6,6 +6,7 @@ Not here: the three stages of the published checkpoints, ZeRO-3, several hosts.
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,14 @@ def train(
     resume: bool = False,
     start: Path | None = None,
     teachers: tuple[Path, ...] = (),
+    minutes: float | None = None,
 ) -> Path:
     """Train and write `out/model` (weights, processor, configuration); returns that folder.
 
     `start` is a trained model to go on from; without it the weights are random and the tokenizer is made from the data.
+    After `minutes` the run stops at the end of an epoch: the weights so far are written, and resuming goes on.
     """
+    began = time.monotonic()
     run = _start(recipe, data, out, start, teachers)
     first = _resume(run) if resume else 0
     if run.rank == 0 and not first:
@@ -69,8 +73,12 @@ def train(
         every = recipe.optim.validate_epochs
         if run.held_out and (last or (every and (epoch + 1) % every == 0)):
             _validate(run, epoch)
-        if not last and (epoch + 1) % recipe.optim.checkpoint_epochs == 0:
+        late = minutes is not None and time.monotonic() - began > 60 * minutes
+        if not last and (late or (epoch + 1) % recipe.optim.checkpoint_epochs == 0):
             _checkpoint(run, epoch + 1)
+        if late and not last:
+            tqdm.write(f"Stopped after {minutes:g} minutes at epoch {epoch + 1}; go on with --resume.")
+            break
     bar.close()
     return _finish(run)
 

@@ -22,6 +22,7 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--processes", default=1, show_default=True, help="Processes on this machine (GPUs, or CPU processes).")
 @click.option("--model", "start", type=click.Path(path_type=Path), help="Trained model to go on from (else random).")
+@click.option("--minutes", type=float, help="Stop after so long at the end of an epoch; --resume goes on.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out.")
 def train(
     recipe: Path,
@@ -31,6 +32,7 @@ def train(
     teachers: tuple[Path, ...],
     processes: int,
     start: Path | None,
+    minutes: float | None,
     resume: bool,
 ) -> None:
     """Train a model with DeepSpeed, on a GPU or on CPU processes."""
@@ -45,7 +47,7 @@ def train(
         _quiet()
         from server.train import train as run
 
-        folder = run(loaded, data, out, resume=resume, start=start, teachers=teachers)
+        folder = run(loaded, data, out, resume=resume, start=start, teachers=teachers, minutes=minutes)
     except (recipes.RecipeError, DataError) as error:
         raise click.ClickException(str(error)) from error
     if os.environ.get("RANK", "0") == "0":

@@ -26,7 +26,7 @@ def gather(config: DataConfig, folder: Path) -> list[Sample]:
     for source in config.sources:
         rows = [row for row in _source(source, folder) if row.group not in hidden]
         rows, _ = split_by_group(rows, config.hold_out, config.hold_out_seed)
-        samples += (rows + [mirrored(row) for row in rows] if source.mirror else rows) * source.repeat
+        samples += (rows + mirrored(rows) if source.mirror else rows) * source.repeat
     if config.phantom_images:
         from model import phantoms
 
@@ -47,16 +47,24 @@ def _source(source: Source, folder: Path) -> list[Sample]:
 SWAP = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
-def mirrored(sample: Sample) -> Sample:
-    """The sample as seen in a mirror: picture flipped, left and right exchanged in question and answer."""
+def mirrored(rows: Sequence[Sample]) -> list[Sample]:
+    """The rows as seen in a mirror: pictures flipped, left and right exchanged in questions and answers.
 
-    def swap(text: str) -> str:
-        return re.sub(r"\b(?:left|right|Left|Right)\b", lambda found: SWAP[found.group()], text)
+    Rows that share a picture share its flipped copy.
+    """
+    flipped: dict[str, np.ndarray] = {}
+    made = []
+    for row in rows:
+        if row.group not in flipped:
+            flipped[row.group] = np.ascontiguousarray(load_rgb(row)[:, ::-1])
+        question, answer = _swap_sides(row.question), _swap_sides(row.answer)
+        name, image = f"{row.id}-mirrored", flipped[row.group]
+        made.append(replace(row, id=name, image=image, question=question, answer=answer))
+    return made
 
-    image = np.ascontiguousarray(load_rgb(sample)[:, ::-1])
-    return replace(
-        sample, id=f"{sample.id}-mirrored", image=image, question=swap(sample.question), answer=swap(sample.answer)
-    )
+
+def _swap_sides(text: str) -> str:
+    return re.sub(r"\b(?:left|right|Left|Right)\b", lambda found: SWAP[found.group()], text)
 
 
 @dataclass

@@ -62,18 +62,17 @@ def losses(out: Path) -> list[float]:
 def test_two_processes_train_resume_exactly_and_leave_everything_beside_the_weights(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", "--processes", "2")
     assert whole.returncode == 0, whole.stderr[-2000:]
+    part = run(tmp_path / "part", "--processes", "2", "--minutes", "0")
+    assert "go on with --resume" in part.stderr + part.stdout
+    assert len(losses(tmp_path / "part")) == 1
+    assert run(tmp_path / "part", "--processes", "2", "--resume").returncode == 0
+    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
     assert losses(tmp_path / "whole")[-1] < 0.8 * losses(tmp_path / "whole")[0]
     for name in ("config.json", "loss.png", "model/training.json", "model/model.safetensors", "checkpoints/latest"):
         assert (tmp_path / "whole" / name).exists(), name
     refused = run(tmp_path / "whole", "--processes", "2")
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
-    log = tmp_path / "whole" / "log.jsonl"
-    before = losses(tmp_path / "whole")
-    log.write_text("".join(line + "\n" for line in log.read_text(encoding="utf-8").splitlines()[:3]), encoding="utf-8")
-    again = run(tmp_path / "whole", "--processes", "2", "--resume")
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert losses(tmp_path / "whole") == pytest.approx(before, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -117,8 +116,12 @@ def test_mirrored_exchanges_sides_in_picture_and_words() -> None:
     import numpy as np
 
     picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    sample = Sample("1", picture, "Is the Left lung left of it?", "Right, bright", "open", "g", "t")
-    mirrored = train_data.mirrored(sample)
-    assert (mirrored.question, mirrored.answer) == ("Is the Right lung right of it?", "Left, bright")
-    assert np.array_equal(mirrored.image, picture[:, ::-1])
-    assert train_data.mirrored(mirrored).question == sample.question
+    rows = [
+        Sample("1", picture, "Is the Left lung left of it?", "Right, bright", "open", "g", "t"),
+        Sample("2", picture, "Nodule?", "No", "closed", "g", "t"),
+    ]
+    first, second = train_data.mirrored(rows)
+    assert (first.question, first.answer) == ("Is the Right lung right of it?", "Left, bright")
+    assert np.array_equal(first.image, picture[:, ::-1])
+    assert first.image is second.image
+    assert train_data.mirrored([first])[0].question == rows[0].question
