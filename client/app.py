@@ -13,17 +13,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from client import limits
-from model import adapters, files
+from model import adapters, files, wire
 from model.adapters import AdapterRejected
-from model.npy import read_exact
 
 if TYPE_CHECKING:
     from client.trainer import Trained
 
 app = ClientApp()
-
-MAX_ARRAYS = 10_000  # arrays of one message
-MAX_ELEMENTS = 200_000_000  # values of one message: a rank-64 adapter of a 7B model has 160 million
 
 
 @app.train()
@@ -48,7 +44,7 @@ def train_reply(content: RecordDict, home: Path) -> RecordDict:
     try:
         allowed = limits.read_limits(home)
         request = limits.parse(_only(content.config_records, "config"))
-        state = _arrays(_only(content.array_records, "arrays"))
+        state = wire.unpack(_only(content.array_records, "arrays"), wire.read_layout(request.layout))
         base = limits.base_model(home)
         spec = adapters.spec_of(state, request.alpha, request.base_sha256)
         adapters.check(state, spec)
@@ -87,10 +83,11 @@ def _trained(trained: "Trained", request: limits.Request, seconds: float) -> Rec
         "loss-before": trained.loss_before,
         "loss-after": trained.loss_after,
         "seconds": seconds,
+        "cpu-seconds": time.process_time(),
         "peak-rss-mib": trained.peak_rss_mib,
         "bytes": adapters.state_bytes(factor),
     }
-    arrays = ArrayRecord({name: Array(array) for name, array in factor.items()})
+    arrays = ArrayRecord({wire.key(request.factor): Array(wire.pack(factor, request.factor))})
     return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
 
 
@@ -103,7 +100,7 @@ def release_reply(content: RecordDict, home: Path) -> RecordDict:
 
     try:
         config = _only(content.config_records, "config")
-        state = _arrays(_only(content.array_records, "arrays"))
+        state = wire.unpack(_only(content.array_records, "arrays"), wire.read_layout(str(config["layout"])))
         evidence = json.loads(str(config["evidence"]))
         spec = adapters.spec_of(state, float(config["alpha"]), str(config["base-sha256"]))
         limits.check_targets(spec, limits.read_limits(home))
@@ -135,23 +132,6 @@ def _only(records: dict, key: str) -> dict:
     if set(records) != {key}:
         raise limits.Refused(f"the message must hold one record {key!r} of its kind, it holds {sorted(records)[:9]}")
     return records[key]
-
-
-def _arrays(record: dict) -> adapters.State:
-    """Decode a message's arrays, each as declared and all together within bounds. Raises AdapterRejected."""
-    if not 0 < len(record) <= MAX_ARRAYS:
-        raise AdapterRejected(f"the message holds {len(record)} arrays")
-    total, state = 0, {}
-    for name, sent in record.items():
-        adapters.factor(name)
-        shape = tuple(int(n) for n in sent.shape)
-        if len(shape) != 2 or any(n < 1 for n in shape) or sent.dtype != "float32":
-            raise AdapterRejected(f"{name} has shape {shape} and dtype {sent.dtype}, expected two sizes and float32")
-        total += shape[0] * shape[1]
-        if total > MAX_ELEMENTS:
-            raise AdapterRejected(f"the message holds more than {MAX_ELEMENTS} values")
-        state[name] = read_exact(sent.data, shape, "float32")
-    return state
 
 
 def _say(step: int, steps: int, loss: float) -> None:

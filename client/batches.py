@@ -1,7 +1,6 @@
 """Samples as the trainer wants them: features of the tower computed once, questions on one picture in one sequence.
 
-A picture takes most of a sequence's positions, so up to `PACK` questions about it share them: each question sees the
-picture and itself, never another question, at the positions it would have alone. The loss is the same, the work less.
+Up to `PACK` questions about a picture share its positions (`model.packing`): the loss is the same, the work a third.
 Not here: the optimizer (`client.trainer`).
 """
 
@@ -42,75 +41,56 @@ class Batches:
         self.encoded = [encode_sample(sample, tokenizer, image_tokens) for sample in samples]
         self.batch, self.generator = min(batch, len(self.encoded)), np.random.default_rng(seed)
         self.order: list[Group] = []
-        rows = np.random.default_rng(0).permutation(len(self.encoded))[:PROBE]
-        self.probe_groups = [[int(row)] for row in rows]
+        self.probe_groups = list(self._some(np.random.default_rng(0)))
 
     def next_loss(self) -> Any:
         """Loss (scalar tensor) of the next batch; every sample comes once before any comes again."""
         groups: list[Group] = []
         while sum(map(len, groups)) < self.batch:
             if not self.order:
-                self.order = list(self._groups())
+                self.order = self._groups(self.generator)
             groups.append(self.order.pop())
         return self.loss(groups)
 
-    def _groups(self) -> Iterator[Group]:
+    def _some(self, generator: np.random.Generator) -> Iterator[Group]:
+        """Groups with about `PROBE` samples together."""
+        count = 0
+        for group in self._groups(generator):
+            yield group
+            count += len(group)
+            if count >= PROBE:
+                return
+
+    def _groups(self, generator: np.random.Generator) -> list[Group]:
         """All samples in random order, at most `PACK` questions on one picture together."""
-        by_image: dict[int, Group] = {}
-        for row in self.generator.permutation(len(self.encoded)):
-            by_image.setdefault(self.image_of[int(row)], []).append(int(row))
-        groups = [rows[i : i + PACK] for rows in by_image.values() for i in range(0, len(rows), PACK)]
-        yield from (groups[int(i)] for i in self.generator.permutation(len(groups)))
+        from model.packing import grouped
+
+        return grouped(range(len(self.encoded)), self.image_of, PACK, generator)
 
     def probe(self) -> float:
-        """Mean loss over a fixed handful of samples, without gradients."""
+        """Loss over a fixed handful of samples, without gradients."""
         import torch
 
         with torch.no_grad():
-            parts = [self.probe_groups[i : i + _AT_ONCE] for i in range(0, len(self.probe_groups), _AT_ONCE)]
-            total = sum(float(self.loss(groups)) * len(groups) for groups in parts)
-        return total / len(self.probe_groups)
+            return float(self.loss(self.probe_groups))
 
     def loss(self, groups: Sequence[Group]) -> Any:
         """Cross-entropy over the answers' tokens of these groups; logits of picture positions are never computed."""
         import torch
 
+        from model.packing import pack, visible
         from model.prompts import IGNORE
 
-        ids, labels, segments, positions = (t.to(self.loaded.device) for t in self._pack(groups))
+        packed = pack(self.encoded, groups, self.prefix, self.processor.tokenizer.pad_token_id)
+        ids, labels, segments, positions = (tensor.to(self.loaded.device) for tensor in packed)
         vision = self._vision([self.image_of[group[0]] for group in groups])
         text = ids.shape[1] - self.prefix
         output = self.core(
-            input_ids=ids, attention_mask=_visible(segments), position_ids=positions, logits_to_keep=text, **vision
+            input_ids=ids, attention_mask=visible(segments), position_ids=positions, logits_to_keep=text, **vision
         )
         return torch.nn.functional.cross_entropy(
             output.logits[:, :-1].float().flatten(0, 1), labels[:, 1 - text :].flatten(), ignore_index=IGNORE
         )
-
-    def _pack(self, groups: Sequence[Group]) -> tuple[Any, Any, Any, Any]:
-        """Ids, labels, segments (0 picture, 1.. questions, -1 padding) and positions, each int64 (groups, length)."""
-        import torch
-
-        from model.prompts import IGNORE
-
-        length = self.prefix + max(sum(len(self.encoded[r].ids) - self.prefix for r in group) for group in groups)
-        ids = torch.full((len(groups), length), self.processor.tokenizer.pad_token_id)
-        labels, segments = torch.full_like(ids, IGNORE), torch.full_like(ids, -1)
-        positions = torch.zeros_like(ids)
-        for line, group in enumerate(groups):
-            ids[line, : self.prefix] = torch.tensor(self.encoded[group[0]].ids[: self.prefix])
-            segments[line, : self.prefix] = 0
-            positions[line, : self.prefix] = torch.arange(self.prefix)
-            start = self.prefix
-            for number, row in enumerate(group, 1):
-                item = self.encoded[row]
-                part = slice(start, start + len(item.ids) - self.prefix)
-                ids[line, part] = torch.tensor(item.ids[self.prefix :])
-                labels[line, part] = torch.tensor(item.labels[self.prefix :])
-                segments[line, part] = number
-                positions[line, part] = torch.arange(self.prefix, len(item.ids))
-                start = part.stop
-        return ids, labels, segments, positions
 
     def _vision(self, images: Sequence[int]) -> dict[str, Any]:
         """What the model gets for these pictures: pixels, or their features where those are known already."""
@@ -155,17 +135,6 @@ class Batches:
             return int(self.features.shape[1])
         with torch.no_grad():
             return len(self.core.get_image_features(pixel_values=self._pixels([0])).pooler_output[0])
-
-
-def _visible(segments: Any) -> Any:
-    """Bool (groups, 1, length, length): position i sees j if j is not later and is picture or of i's own question."""
-    import torch
-
-    length = segments.shape[1]
-    order = torch.ones((length, length), dtype=torch.bool, device=segments.device).tril()
-    mine, other = segments[:, :, None], segments[:, None, :]
-    itself = torch.eye(length, dtype=torch.bool, device=segments.device)  # padding must see something
-    return ((order & ((other == 0) | (other == mine)) & (other >= 0)) | itself)[:, None]
 
 
 def pictures_of(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:

@@ -56,6 +56,7 @@ class Request:
     factor: str
     base_sha256: str
     alpha: float
+    layout: str
     local_steps: int
     lr: float
     batch_size: int

@@ -39,6 +39,7 @@ class Result:
     adapter: Path
     rejected: list[dict[str, Any]]
     installed: dict[str, str]
+    cpu_seconds: dict[str, float]
     losses: list[dict[str, Any]]
     events: list[dict[str, Any]] = field(repr=False)
 
@@ -174,6 +175,7 @@ class Memory:
     def __init__(self, processes: Mapping[str, "subprocess.Popen[bytes]"], every: float = 0.25) -> None:
         self.processes, self.every = processes, every
         self.peaks: dict[str, float] = {}
+        self._cpu: dict[tuple[str, int], float] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -195,6 +197,15 @@ class Memory:
                         role = f"{name}/{_role(member.cmdline())}"
                         peak = member.memory_info().rss / (1 << 20)
                         self.peaks[role] = round(max(peak, self.peaks.get(role, 0.0)), 1)
+                        times = member.cpu_times()
+                        self._cpu[role, member.pid] = times.user + times.system
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor seconds so far by what a process does; of those that have ended, up to the last sample."""
+        found: dict[str, float] = {}
+        for (role, _), seconds in list(self._cpu.items()):
+            found[role] = round(found.get(role, 0.0) + seconds, 2)
+        return dict(sorted(found.items()))
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -256,7 +267,7 @@ def run_local(
     start = time.monotonic()
     with Local(clinics, out, base) as local:
         events = local.rounds({**config, "num-server-rounds": rounds}, say)
-        peaks = dict(sorted(local.memory.peaks.items()))
+        peaks, processor = dict(sorted(local.memory.peaks.items())), local.memory.cpu_seconds()
     done = list(_of(events, "round-done"))
     losses = [
         {k: e.get(k) for k in ("round", "clinic", "loss-before", "loss-after", "seconds")}
@@ -270,6 +281,7 @@ def run_local(
         adapter=Path(next(_of(list(reversed(events)), "release"))["folder"]),
         rejected=[{k: e[k] for k in ("round", "clinic", "reason")} for e in _of(events, "rejected")],
         installed={event["clinic"]: event["detail"] for event in _of(events, "installed")},
+        cpu_seconds=processor,
         losses=losses,
         events=events,
     )

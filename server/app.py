@@ -3,10 +3,14 @@
 Everything of substance is in `server.rounds`; this file is the door that Flower knows.
 """
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server import rounds, settings
+from server.events import Events
+from server.strategy import plain
 
 app = ServerApp()
 
@@ -14,4 +18,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the rounds of this configuration; a fault ends the run with one plain sentence in the log."""
-    rounds.federate(grid, settings.read(context.run_config))
+    chosen = settings.read(context.run_config)
+    try:
+        rounds.federate(grid, chosen)
+    except Exception as error:  # told where `afya-server rounds` looks; Flower marks the run as failed
+        Events(Path(chosen.checkpoint_dir).expanduser()).add("failed", reason=plain(str(error) or repr(error)))
+        raise

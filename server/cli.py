@@ -153,6 +153,8 @@ def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> Non
             click.echo(json.dumps(event) if as_json else sentence(event))
             if event["event"] == "finished":
                 return
+            if event["event"] == "failed":
+                raise links.LinkError(f"The run has failed: {event['reason']}")
         if not new and time.monotonic() - asked > 10:
             asked = time.monotonic()
             status = links.run_status(link, run_id)

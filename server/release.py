@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from model import adapters
+from model import adapters, wire
 from model.files import write_atomic
 from server.checkpoint import RoundCheckpoint
 from server.strategy import plain
@@ -58,10 +58,11 @@ def content(folder: Path) -> RecordDict:
     config = {
         "alpha": spec.alpha,
         "base-sha256": spec.base_sha256,
+        "layout": wire.layout(spec),
         "sha256": adapters.sha256(folder),
         "evidence": (folder / adapters.RELEASE).read_text(encoding="utf-8"),
     }
-    arrays = ArrayRecord({name: Array(array) for name, array in state.items()})
+    arrays = ArrayRecord({wire.key(factor): Array(wire.pack(state, factor)) for factor in wire.FACTORS})
     return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
 
 

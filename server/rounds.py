@@ -14,7 +14,7 @@ import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from model import adapters
+from model import adapters, wire
 from server import checkpoint as store
 from server import release
 from server.checkpoint import Rejection, RoundCheckpoint
@@ -23,6 +23,7 @@ from server.settings import Settings, SettingsRejected
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap
 
 POLL = 0.5  # seconds between two looks for replies
+RELEASE_SECONDS = 600.0  # longest wait for the clinics to install; one that is away gets the next release
 GRACE = 600.0  # seconds a message outlives its deadline on the link, so that a late clinic finds it and is told
 
 
@@ -123,12 +124,13 @@ class Federation:
             "factor": ask.factor,
             "base-sha256": ask.spec.base_sha256,
             "alpha": s.alpha,
+            "layout": wire.layout(ask.spec),
             "local-steps": s.local_steps,
             "lr": s.lr,
             "batch-size": s.batch_size,
             "seed": s.seed,
         }
-        arrays = {name: Array(array) for name, array in ask.state.items()}
+        arrays = {wire.key(factor): Array(wire.pack(ask.state, factor)) for factor in wire.FACTORS}
         content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
         left = s.round_deadline - (self.clock() - start)
         for node, reply in self._replies(content, MessageType.TRAIN, ask.clinics, ask.round, left):
@@ -206,7 +208,7 @@ class Federation:
         clinics = {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
         self.events.add("release", round=now.round, folder=str(folder), clinics=sorted(clinics.values()))
         waiting = dict(clinics)
-        seconds = self.settings.round_deadline
+        seconds = min(self.settings.round_deadline, RELEASE_SECONDS)
         for node, reply in self._replies(release.content(folder), MessageType.QUERY, clinics, now.round, seconds):
             del waiting[node]
             done, words = (False, str(reply)) if isinstance(reply, Exception) else release.verdict(reply)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from model import adapters
+from model import adapters, wire
 from model.adapters import AdapterRejected, AdapterSpec, State
-from model.npy import read_exact
 from server.checkpoint import Contribution, Rejection
 
 MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
@@ -34,10 +33,9 @@ class Ask:
     clinics: Mapping[int, str]
     max_norm: float
 
-    def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name -> (shape, dtype) of every array that must come back."""
-        rows = zip(self.spec.names, self.spec.shapes, self.spec.dtypes, strict=True)
-        return {name: (shape, dtype) for name, shape, dtype in rows if adapters.factor(name) == self.factor}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every array of the adapter."""
+        return dict(zip(self.spec.names, self.spec.shapes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -111,31 +109,11 @@ class Gate:
         examples = _examples(content.metric_records["metrics"])
         if metrics.get("server-round") != self.ask.round:
             raise AdapterRejected(f"the reply is of round {metrics.get('server-round')}, not of round {self.ask.round}")
-        arrays = self._arrays(content.array_records["arrays"])
+        arrays = wire.unpack(content.array_records["arrays"], self.ask.shapes(), (self.ask.factor,))
         norm = _distance(arrays, self.ask.state)
         if norm > self.ask.max_norm:
             raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
         return Update(node, clinic, arrays, examples, norm, adapters.state_bytes(arrays), metrics)
-
-    def _arrays(self, record: Any) -> State:
-        """Decode the arrays, each held against its expected name, shape and dtype first."""
-        expected = self.ask.expected()
-        if set(record) != set(expected):
-            odd = sorted(set(record) ^ set(expected))
-            raise AdapterRejected(f"{len(odd)} array keys are missing or unexpected, the first is {odd[0][:120]!r}")
-        arrays = {}
-        for name, (shape, dtype) in expected.items():
-            sent = record[name]
-            declared = (tuple(sent.shape), sent.dtype, sent.stype)
-            if declared != (shape, dtype, "numpy.ndarray"):
-                raise AdapterRejected(f"{name} is declared with shape and dtype {declared}, expected {shape} {dtype}")
-            try:
-                arrays[name] = read_exact(sent.data, shape, dtype)
-            except AdapterRejected as error:
-                raise AdapterRejected(f"{name}: {error}") from error
-            if not np.isfinite(arrays[name]).all():
-                raise AdapterRejected(f"{name} holds non-finite values")
-        return arrays
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:

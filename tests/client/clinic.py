@@ -8,7 +8,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from PIL import Image
 
-from model import adapters
+from model import adapters, wire
 from model.data import Sample
 from model.llava import base_sha256
 
@@ -37,6 +37,7 @@ def request(base: Path, state: adapters.State, **changes: Any) -> RecordDict:
         "factor": "B",
         "base-sha256": base_sha256(base),
         "alpha": 8.0,
+        "layout": wire.layout(adapters.spec_of(state, 8.0, base_sha256(base))),
         "local-steps": 8,
         "lr": 2e-3,
         "batch-size": 4,
@@ -44,5 +45,5 @@ def request(base: Path, state: adapters.State, **changes: Any) -> RecordDict:
     }
     config |= {name.replace("_", "-"): value for name, value in changes.items()}
     kept = {name: value for name, value in config.items() if value is not None}
-    arrays = ArrayRecord({name: Array(array) for name, array in state.items()})
+    arrays = ArrayRecord({wire.key(factor): Array(wire.pack(state, factor)) for factor in wire.FACTORS})
     return RecordDict({"arrays": arrays, "config": ConfigRecord(kept)})

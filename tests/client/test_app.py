@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, RecordDict
 
 from client import app, limits
-from model import adapters, phantoms
+from model import adapters, phantoms, wire
 from server import release
 from tests.client.clinic import fill, request
 from tests.server import fakes
@@ -35,7 +35,8 @@ def reason(content: RecordDict) -> str:
 def test_a_round_answers_with_the_one_factor_and_its_measures(clinic: Path, tiny: Path, state: adapters.State) -> None:
     content = app.train_reply(request(tiny, state), clinic)
     arrays, metrics = content.array_records["arrays"], content.metric_records["metrics"]
-    assert set(arrays) == {name for name in state if adapters.factor(name) == "B"}
+    assert set(arrays) == {"lora_B"}
+    assert arrays["lora_B"].numpy().size == sum(a.size for n, a in state.items() if adapters.factor(n) == "B")
     assert any(arrays[name].numpy().any() for name in arrays)
     assert metrics["server-round"] == 1 and metrics["steps"] == 8
     assert metrics["num-examples"] == len(list((clinic / "training/samples").iterdir()))
@@ -92,8 +93,7 @@ def test_too_few_samples_sit_the_round_out(tmp_path: Path, tiny: Path, state: ad
 
 
 def test_arrays_that_are_not_what_they_say_are_refused(clinic: Path, tiny: Path, state: adapters.State) -> None:
-    name = min(state)
-    real = state[name]
+    name, real = "lora_B", wire.pack(state, "B")
     bad = {
         "shape": Array(dtype="float32", shape=real.shape, stype="numpy.ndarray", data=_huge(real)),
         "dtype": Array(dtype="float32", shape=real.shape, stype="numpy.ndarray", data=_object(real)),
@@ -102,11 +102,18 @@ def test_arrays_that_are_not_what_they_say_are_refused(clinic: Path, tiny: Path,
     }
     for word, array in bad.items():
         content = request(tiny, state)
-        content["arrays"] = ArrayRecord({**{n: Array(a) for n, a in state.items()}, name: array})
+        content["arrays"][name] = array
         assert word in reason(app.train_reply(content, clinic))
     content = request(tiny, state)
-    content["arrays"] = ArrayRecord({"../../evil": Array(real)})
-    assert "not the name" in reason(app.train_reply(content, clinic))
+    content["arrays"]["../../evil"] = Array(real)
+    assert "keys" in reason(app.train_reply(content, clinic))
+    good = json.loads(wire.layout(adapters.spec_of(state, 8.0, "0" * 64)))
+    first = good["modules"][0]
+    for rows in ([], [first, first], [[*first[:2], -1]], [["../evil", 4, 4]], [["x", 10**9, 10**9]], "many", [1]):
+        content = request(tiny, state, layout=json.dumps({**good, "modules": rows}))
+        assert reason(app.train_reply(content, clinic))
+    for layout in ("{", "[]", json.dumps({**good, "rank": 10**9}), json.dumps({**good, "rank": "2"})):
+        assert reason(app.train_reply(request(tiny, state, layout=layout), clinic))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_a_release_that_is_not_sound_is_refused_and_the_old_one_stays(tmp_path: 
         "for the base": ("config", "base-sha256", "0" * 64),
         "readable": ("config", "evidence", "{"),
         "finite": ("arrays", name, Array(np.full_like(array, np.inf))),
-        "one rank": ("arrays", name, Array(array[:1])),
+        "shape": ("arrays", name, Array(array[:1])),
     }
     for word, (record, key, value) in changes.items():
         _, content = released(tmp_path, tiny)

@@ -57,7 +57,7 @@ def test_questions_that_share_a_picture_have_the_loss_they_have_alone(tiny: Path
     model, loaded = trainer._attach(tiny, 32, start, 8.0, ("B",))
     modules = [adapters.module(name) for name in start]
     shared = batches.Batches(samples, model, loaded, modules, 4, 0)
-    groups = list(shared._groups())
+    groups = list(shared._groups(shared.generator))
     assert sorted(row for group in groups for row in group) == list(range(len(samples)))
     assert max(map(len, groups)) == batches.PACK
     total, count = 0.0, 0

@@ -56,7 +56,7 @@ def _keys(node: int, message: Message) -> RecordDict:
 
 def _other_factor(node: int, message: Message) -> RecordDict:
     number, factor, state = asked(message)
-    return reply({name: a for name, a in state.items() if f".lora_{factor}." not in name}, number)
+    return reply({name: a for name, a in state.items() if not name.endswith(factor)}, number)
 
 
 def _records(node: int, message: Message) -> RecordDict:
@@ -105,7 +105,7 @@ BAD: dict[str, tuple[Bad, str]] = {
     "another shape": (_changed(lambda a: np.zeros(3, np.float32)), "shape"),
     "a shape that broadcasts": (_changed(lambda a: np.full(1, 5.0, np.float32)), "shape"),
     "another dtype": (_changed(lambda a: a.astype(np.float64)), "dtype"),
-    "100 times the size": (_changed(lambda a: np.zeros((a.shape[0] * 100, a.shape[1]), np.float32)), "shape"),
+    "100 times the size": (_changed(lambda a: np.zeros(a.size * 100, np.float32)), "shape"),
     "a header that claims 149 GiB": (_raw(_huge), "shape"),
     "an array of objects": (_raw(_object), "dtype"),
     "fewer bytes than declared": (_raw(_short), "bytes"),

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from model import adapters
+from model import adapters, wire
 from server.checkpoint import RoundCheckpoint
 from server.settings import Settings
 
@@ -52,8 +52,8 @@ def settings(root: Path, base: Path, **values: Any) -> Settings:
     return Settings(**{**chosen, **values})
 
 
-def asked(message: Message) -> tuple[int, str, adapters.State]:
-    """Round, factor and factors' values of a train message."""
+def asked(message: Message) -> tuple[int, str, dict[str, np.ndarray]]:
+    """Round, factor and the vectors of a train message."""
     config = message.content.config_records["config"]
     record = message.content.array_records["arrays"]
     state = {name: record[name].numpy() for name in record}
@@ -70,7 +70,7 @@ def reply(arrays: dict[str, Any], number: int, examples: object = 10, **metrics:
 def moved(message: Message, step: float) -> dict[str, np.ndarray]:
     """The factor that a train message asks for, every value moved by `step`."""
     _, factor, state = asked(message)
-    return {name: a + np.float32(step) for name, a in state.items() if adapters.factor(name) == factor}
+    return {wire.key(factor): state[wire.key(factor)] + np.float32(step)}
 
 
 def honest(step: float = 0.01, examples: int = 10) -> Clinic:

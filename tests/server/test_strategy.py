@@ -10,7 +10,7 @@ from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import adapters
+from model import adapters, wire
 from server import checkpoint as store
 from server import rounds
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap, plain, shares
@@ -82,7 +82,7 @@ def _message(node: int) -> Message:
 def _train_message(node: int) -> Message:
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    arrays = ArrayRecord({n: Array(a) for n, a in fakes.small_state().items()})
+    arrays = ArrayRecord({wire.key(f): Array(wire.pack(fakes.small_state(), f)) for f in "AB"})
     content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, "factor": "B"})})
     return Message(content, node, "train")
 
