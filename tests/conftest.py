@@ -17,6 +17,7 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     DS_ACCELERATOR="cpu",
     TOKENIZERS_PARALLELISM="false",
+    OMP_WAIT_POLICY="PASSIVE",  # idle threads must not spin: servers, clients and the tests share two cores
 )
 # torch and OpenMP read this once, too: two threads, so that a small machine stays usable.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
