@@ -134,7 +134,7 @@ class Local:
         return {**os.environ, "AFYA_MODEL": str(self.base), "PYTHONWARNINGS": "ignore"}
 
     def _spawn(self, name: str, arguments: list[str], env: Mapping[str, str] | None = None) -> None:
-        with open(self.out / f"{name}.log", "ab") as log:
+        with open(self.out / f"{name}.log", "wb") as log:
             self.processes[name] = subprocess.Popen(
                 program(*arguments), env={**self._environment(), **(env or {})}, stdout=log, stderr=subprocess.STDOUT
             )
@@ -194,7 +194,10 @@ class Memory:
             for name, child in list(self.processes.items()):
                 for member in family(child.pid):
                     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                        role = f"{name}/{_role(member.cmdline())}"
+                        line = member.cmdline()
+                        if not line:
+                            continue  # it has just ended
+                        role = f"{name}/{_role(line)}"
                         peak = member.memory_info().rss / (1 << 20)
                         self.peaks[role] = round(max(peak, self.peaks.get(role, 0.0)), 1)
                         times = member.cpu_times()

@@ -111,10 +111,11 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
         raise LinkError("; ".join(found) + ".")
     link.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     configure(link)
-    with open(link.state / "superlink.log", "ab") as log:
-        child = subprocess.Popen(link.command(), env=link.environment(), stdout=log, stderr=subprocess.STDOUT)
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    child = None
     try:
+        with open(link.state / "superlink.log", "ab") as log:
+            child = subprocess.Popen(link.command(), env=link.environment(), stdout=log, stderr=subprocess.STDOUT)
         _wait_until_up(link, child)
         for name in register_all(link):
             say(f"Clinic {name} registered.")
@@ -123,7 +124,8 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
         say("Stopping.")
     finally:
         signal.signal(signal.SIGTERM, previous)
-        _stop(child)
+        if child is not None:
+            _stop(child)
 
 
 def _interrupt(*_: object) -> None:
@@ -138,6 +140,8 @@ async def _serve(
 
     proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt")
     web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(web, "should_exit", True))
     running = asyncio.create_task(web.serve())
     while not web.started and not running.done():
         await asyncio.sleep(0.05)
@@ -149,6 +153,7 @@ async def _serve(
             raise LinkError(f"The SuperLink has ended (code {child.returncode}); see {link.state / 'superlink.log'}.")
         await asyncio.wait([running], timeout=0.5)
     await running
+    say("Stopping.")
 
 
 def _wait_until_up(link: Link, child: "subprocess.Popen[bytes]") -> None:

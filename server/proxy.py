@@ -6,8 +6,9 @@ Not covered: limiting how often one address may call; put a firewall in front fo
 """
 
 import asyncio
+import contextlib
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -164,4 +165,12 @@ def server(app: FleetProxy, host: str, port: int, certificate: Path, key: Path) 
     if config.ssl is None:
         raise ValueError("The proxy does not run without TLS.")
     config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
-    return uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        """Leaves signals to whoever runs it, who has the SuperLink to stop as well."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(config)
