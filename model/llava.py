@@ -207,10 +207,9 @@ def quantization(config: Any, bits: int, dtype: Any) -> Any:
 def unquantized(config: Any) -> list[str]:
     """Full names of the linear layers that keep their precision: those of `KEPT` and those whose shape does not fit."""
     import torch
-    from accelerate import init_empty_weights
     from transformers import LlavaForConditionalGeneration
 
-    with init_empty_weights():
+    with torch.device("meta"):  # of this thread alone; accelerate's empty weights patch torch for all threads
         empty = LlavaForConditionalGeneration(config)
     linears = [(name, layer) for name, layer in empty.named_modules() if isinstance(layer, torch.nn.Linear)]
     return [
