@@ -1,0 +1,1 @@
+"""The parts of `scripts/demo`: clinics and their cases, jobs that train and answer, and the report."""
