@@ -46,7 +46,6 @@ class Job:
 def run(job: Job) -> dict[str, Any]:
     """Do the job; returns what result.json says. Raises what training and loading raise."""
     start, before = time.monotonic(), time.process_time()
-    say("starts", 0, 1)
     import torch
 
     torch.set_num_threads(1)

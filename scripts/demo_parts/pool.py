@@ -67,16 +67,16 @@ def _start(job: Job, shares: dict[str, float]) -> "subprocess.Popen[str]":
 
 def _listen(job: Job, child: "subprocess.Popen[str]", shares: dict[str, float]) -> None:
     """Turn a job's progress lines into its share: of a job that trains, answering is the last fifth."""
-    for line in child.stdout or ():
-        try:
-            said = json.loads(line)
-            share = said["done"] / max(1, said["total"])
-            training = 0.8 if job.train else 0.0
+    assert child.stdout is not None
+    training = 0.8 if job.train else 0.0
+    with child.stdout as lines:
+        for line in lines:
+            try:
+                said = json.loads(line)
+                share = said["done"] / max(1, said["total"])
+            except (ValueError, KeyError, TypeError):  # a library's own line
+                continue
             shares[job.name] = share * training if said["what"] == "trains" else training + share * (1 - training)
-            if said["what"] == "starts":
-                shares[job.name] = 0.0
-        except (ValueError, KeyError, TypeError):  # a library's own line
-            continue
 
 
 def _check(job: Job, child: "subprocess.Popen[str]") -> None:
