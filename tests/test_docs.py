@@ -99,7 +99,7 @@ def test_help_answers_at_once(command: str) -> None:
     assert min(seconds) <= 0.3
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").iterdir() if not p.suffix))
+@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "scripts").iterdir() if p.is_file() and not p.suffix))
 def test_every_script_explains_itself(script: str) -> None:
     done = subprocess.run([ROOT / "scripts" / script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -190,7 +190,7 @@ def figures(found: Found, stages: Stages) -> dict[str, Any]:
         "sha256": {"base": reference["base_sha256"], "federated_adapter": adapters.sha256(fed.adapter)},
         "measured": measure.how_measured(plan, reference["reason"]),
         "remarks": found.remarks,
-        "limits": list(measure.LIMITS),
+        "limits": [*(measure.DRAWINGS if plan.data is None else ()), *measure.LIMITS],
     }
 
 
