@@ -72,7 +72,8 @@ def test_the_parts_make_a_report_with_everything_it_must_hold(
     assert {"demo", "server/proxy", "job pooled", "job reference"} <= set(saved["peak_memory_mib"])
     assert [a["picture"] for a in saved["answers"]] == ["CT_small.dcm"] * 2 + ["MR_small.dcm"] * 2
     assert all(isinstance(a["federated"]["answer"], str) for a in saved["answers"])
-    assert saved["jobs"]["pooled"]["train"]["steps"] == plan.steps
+    assert saved["jobs"]["pooled"]["train"]["steps"] == 3 * plan.steps
+    assert saved["jobs"]["local lakeside"]["train"]["steps"] == plan.steps
     assert saved["rejected"][0]["reason"] == "late"
     assert str(tmp_path) not in json.dumps(saved)
     # The untrained adapter has no effect yet: at the kiosk's own precision it answers as the base does.

@@ -154,7 +154,8 @@ def compare(found: Found, bar: Bar) -> None:
     names = [clinic.name for clinic in found.clinics]
     folders = [str(found.home(name) / "training") for name in names]
     settings = found.plan.to_dict()
-    jobs = [_job(found, measure.POOLED, train=folders, settings=settings)]
+    together = {**settings, "steps": found.plan.steps * len(names)}  # as many as the clinics take between them
+    jobs = [_job(found, measure.POOLED, train=folders, settings=together)]
     for name, folder in zip(names, folders, strict=True):
         jobs.append(_job(found, measure.local(name), train=[folder], settings=settings))
     adapter = str(found.federated.adapter)

@@ -78,14 +78,18 @@ def own_folder(plan: Plan) -> Iterator[None]:
         yield
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _interrupt(_number: int, _frame: Any) -> None:
+    for number in STOPPING:  # what was started is being ended: a second Ctrl-C must not leave half of it running
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the demo; returns the exit code. Nothing that it started outlives it."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in STOPPING}
     work: Path | None = None
     try:
         plan = parse(arguments)
@@ -108,6 +112,9 @@ def main(arguments: Sequence[str]) -> int:
         if work is not None and work.exists():
             say(f"Logs: {work}")
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

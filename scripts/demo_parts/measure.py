@@ -32,9 +32,9 @@ LIMITS = (
     " so that the effect shows in a few minutes.",
     "That no image leaves a clinic is not a full promise of privacy: adapters can leak something of what they were"
     " trained on. This run adds no noise.",
-    "The pooled adapter needs all images in one place. It and the local ones train both factors at once, with as many"
-    " steps as one clinic takes in all rounds; three clinics together take three times as many, so that the federated"
-    " adapter can come out above the pooled one.",
+    "The pooled adapter needs all images in one place, and takes as many steps as the clinics take between them; a"
+    " local one takes as many as its clinic does. Both train both factors at once. Training longer is not always"
+    " better, so pooling is a yardstick, not a proven bound.",
     "Not for clinical use.",
 )
 
