@@ -30,7 +30,7 @@ REQUIRED = {"accuracy", "rounds", "bytes_per_round", "seconds", "peak_memory_mib
 def plan_for(tmp_path: Path, base: Path, **changes: Any) -> Plan:
     """A plan of the tiniest size, with an output folder that exists."""
     small = {"rounds": 2, "local_steps": 8, "rank": 4, "batch": 8, "train_images": 3, "sealed_images": 2, "size": 32}
-    plan = Plan(base, tmp_path / "out", kiosk_cases=2, shown=1, **{**small, **changes})
+    plan = Plan(base, tmp_path / "out", kiosk_cases=2, **{**small, **changes})
     plan.work.mkdir(parents=True)
     return plan
 

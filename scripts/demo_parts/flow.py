@@ -222,7 +222,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         low, high = one["all"]["low"], one["all"]["high"]
         lines.append(f"  {name:20} {one['all']['percent']:5.1f}  [{low:.1f}, {high:.1f}]")
     share = gain["share_of_pooled_gain"]
-    lines.append(f"Together: {gain['points']:+.1f} points over the reference, {share} % of what pooling gains.")
+    of = f"{share} % of what pooling gains" if share is not None else "where pooling gains less than a point"
+    lines.append(f"Together: {gain['points']:+.1f} points over the reference, {of}.")
     size = sum(report["bytes_per_round"]) / len(report["bytes_per_round"]) / 1e6
     lines.append(f"{report['rounds']} rounds of {size:.1f} MB; no image left a clinic's folder.")
     return [*lines, *report["remarks"]]

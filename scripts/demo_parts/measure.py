@@ -85,10 +85,13 @@ def accuracy(scored: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> d
 
 
 def gain(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """Points that federation gained over the reference, and its share of what pooling gained (percent)."""
+    """Points that federation gained over the reference, and its share of what pooling gained (percent).
+
+    The share is None where pooling itself gains less than a point: a share of nothing means nothing.
+    """
     points = figures[FEDERATED] - figures[REFERENCE]
     room = figures[POOLED] - figures[REFERENCE]
-    return {"points": round(points, 2), "share_of_pooled_gain": round(100 * points / room, 1) if room > 0 else None}
+    return {"points": round(points, 2), "share_of_pooled_gain": round(100 * points / room, 1) if room >= 1 else None}
 
 
 def how_measured(plan: Plan, reason: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def head(report: Mapping[str, Any]) -> str:
     share = gain["share_of_pooled_gain"]
     cards = [
         (f"{found['reference']:.0f} % → {found['federated']:.0f} %", "right answers to sealed questions"),
-        (f"{share:.0f} %" if share is not None else "no gain", "of what pooling all images gains"),
+        (f"{share:.0f} %" if share is not None else "–", "of what pooling all images gains"),
         (f"{size / 1e6:.1f} MB", f"moved in each of {report['rounds']} rounds; not one image"),
     ]
     boxes = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)

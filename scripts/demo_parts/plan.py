@@ -38,7 +38,6 @@ class Plan:
     order_seed: int = 11
     size: int = 160  # side of a phantom in pixels
     kiosk_cases: int = 4  # cases of each clinic that the kiosk shows at the end
-    shown: int = 3  # pictures of each clinic in the report
 
     @property
     def work(self) -> Path:
@@ -47,7 +46,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of one clinic over all rounds, and of each adapter that is compared."""
+        """Optimizer steps of one clinic over all rounds, and of the adapter it trains alone."""
         return self.rounds * self.local_steps
 
     def to_dict(self) -> dict[str, Any]:
