@@ -13,29 +13,29 @@ class Ema:
 
     def __init__(self, module: Any, decay: float) -> None:
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self.parameters = dict(module.named_parameters())
+        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self, module: Any, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move the average towards the weights after optimiser step `step` (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        names = list(self.average)
-        weights = dict(module.named_parameters())
-        torch._foreach_lerp_([self.average[n] for n in names], [weights[n].detach().float() for n in names], 1 - decay)
+        weights = [p.detach().float() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @contextmanager
-    def applied(self, module: Any) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """The module holds the averaged weights inside the block."""
-        kept = {name: p.detach().clone() for name, p in module.named_parameters()}
-        self._copy(module, self.average)
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._copy(self.average)
         try:
             yield
         finally:
-            self._copy(module, kept)
+            self._copy(kept)
 
     @torch.no_grad()
-    def _copy(self, module: Any, values: dict[str, Any]) -> None:
-        for name, parameter in module.named_parameters():
+    def _copy(self, values: dict[str, Any]) -> None:
+        for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 
     def save(self, path: Path) -> None:

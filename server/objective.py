@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from model.packing import visible
-from model.prompts import IGNORE
 
 
 class Objective(nn.Module):
@@ -23,7 +22,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor], soft: torch.Tensor | None = None) -> torch.Tensor:
         """Mean loss over labelled positions; `soft` are teachers' probabilities (labelled positions, vocabulary)."""
-        logits, target, _ = labelled_logits(self.model, batch)
+        logits, target = labelled_logits(self.model, batch)
         loss = nn.functional.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         if soft is None:
             return loss
@@ -32,21 +31,25 @@ class Objective(nn.Module):
         return (1 - self.distill) * loss + self.distill * divergence
 
 
-def labelled_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits float32 (positions, vocabulary) that predict each labelled token, those tokens, and their places (n, 2).
+def labelled_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 (labels, vocabulary) that predict each labelled token, and those tokens (labels).
 
-    `batch` holds input_ids, labels, segments and positions, int64 (groups, length), of `model.packing.pack`, and
-    pixel_values float32 (groups, 3, S, S).
+    `batch` is of `Bank.batch` with pixel_values float32 (groups, 3, S, S): input_ids, segments and positions, int64
+    (groups, length), each row a start mark, the picture's tokens and questions; targets and places, int64 (labels),
+    the labelled tokens and where in the flattened rows they are predicted. Nothing here waits for the device.
     """
-    hidden = model.model(
-        input_ids=batch["input_ids"],
-        pixel_values=batch["pixel_values"],
+    features = model.model.get_image_features(pixel_values=batch["pixel_values"], return_dict=True).pooler_output
+    features = torch.stack(list(features)) if isinstance(features, list | tuple) else features
+    words = model.get_input_embeddings()(batch["input_ids"])
+    picture = features.to(words.dtype).view(len(words), -1, words.shape[-1])
+    after = 1 + picture.shape[1]
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([words[:, :1], picture, words[:, after:]], dim=1),
         attention_mask=visible(batch["segments"]),
         position_ids=batch["positions"],
         use_cache=False,
     ).last_hidden_state
-    keep = batch["labels"][:, 1:] != IGNORE
-    return model.lm_head(hidden[:, :-1][keep]).float(), batch["labels"][:, 1:][keep], keep.nonzero()
+    return model.lm_head(hidden.flatten(0, 1)[batch["places"]]).float(), batch["targets"]
 
 
 @torch.no_grad()
@@ -61,9 +64,11 @@ def soft_answers(teachers: Sequence[Any], batch: dict[str, torch.Tensor], temper
 @torch.no_grad()
 def exact_answers(model: Any, batch: dict[str, torch.Tensor]) -> list[list[bool]]:
     """For each group and question: would greedy decoding give exactly the labelled tokens? (iff each is the argmax)."""
-    logits, target, place = labelled_logits(model, batch)
+    logits, target = labelled_logits(model, batch)
     right = [[True] * int(line.max()) for line in batch["segments"]]
-    for line, column in place[logits.argmax(-1) != target].tolist():
+    length = batch["segments"].shape[1]
+    for place in batch["places"][logits.argmax(-1) != target].tolist():
+        line, column = divmod(place, length)
         right[line][int(batch["segments"][line, column + 1]) - 1] = False
     return right
 

@@ -96,13 +96,17 @@ def schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
 
 
 def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; fp32 weights, the autocast is the training loop's."""
+    """DeepSpeed's configuration: fp32 weights; with precision bf16 the engine's own autocast.
+
+    An autocast around the engine's forward would be switched off inside it.
+    """
     return {
         "train_micro_batch_size_per_gpu": recipe.optim.batch // world,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optim.clip,
         "zero_optimization": {"stage": recipe.engine.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": recipe.engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -39,6 +39,7 @@ class DataConfig:
     phantom_images: int = 0  # synthetic radiographs added to each epoch's data
     phantom_seed: int = 1
     phantom_parts: int = 1  # an epoch sees one of so many parts of them, in turn
+    pseudo_rows: int = 0  # questions of other pictures of its kind that the teachers answer about each picture
     hold_out: float = 0.0  # share of the images of each source that is kept out, for a base that has not seen them
     hold_out_seed: int = 7
 

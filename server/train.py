@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from model import build
-from model.data import Sample, read
+from model.data import DataError, Sample, read
 from model.packing import grouped
-from server import outputs
+from server import outputs, pseudo
 from server.augment import augment
 from server.ema import Ema
 from server.objective import Objective, add_drop_path, compile_layers, exact_answers, soft_answers
@@ -89,15 +89,19 @@ def _start(recipe: Recipe, data: Path, out: Path, start: Path | None, teachers: 
     device, rank, world = _processes()
     samples = gather(recipe.data, data)
     model, processor = _model(recipe, samples, start, teachers)
+    loaded = [_teacher(path, device) for path in teachers]
     tokens = model.config.image_seq_length
     bank = build_bank(samples, processor, tokens, device)
+    if loaded and recipe.data.pseudo_rows:
+        pseudo.add(bank, loaded, processor, recipe.data.pseudo_rows, recipe.optim.seed)
     held_out = None
     if recipe.data.validate:
         rows = read(data / recipe.data.validate, data / recipe.data.validate_images)
         held_out = build_bank(rows, processor, tokens, device)
     add_drop_path(model, recipe.optim.drop_path)
     if recipe.engine.compile and device.type == "cuda":
-        compile_layers(model)
+        for network in (model, *loaded):
+            compile_layers(network)
     objective = Objective(model, recipe.optim.label_smoothing, recipe.optim.distill, recipe.optim.temperature)
     total = sum(steps(bank, recipe.optim, recipe.data.phantom_parts))
     optimizer = _optimizer(model, recipe, device)
@@ -108,7 +112,6 @@ def _start(recipe: Recipe, data: Path, out: Path, start: Path | None, teachers: 
         config=outputs.deepspeed_config(recipe, world),
     )
     ema = Ema(model, recipe.optim.ema)
-    loaded = [_teacher(path, device) for path in teachers]
     return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, ema, loaded, total)
 
 
@@ -136,8 +139,10 @@ def _model(recipe: Recipe, samples: list[Sample], start: Path | None, teachers: 
     if start:
         return _teacher(start, "cpu").train(), AutoProcessor.from_pretrained(start)
     corpus = [text for sample in samples for text in (sample.question, sample.answer)]
-    tokenizer = AutoProcessor.from_pretrained(teachers[0]).tokenizer if teachers else None
-    return build.build(recipe.model, corpus, recipe.optim.seed, tokenizer)
+    spoken = [AutoProcessor.from_pretrained(path).tokenizer for path in teachers]
+    if any(tokenizer.get_vocab() != spoken[0].get_vocab() for tokenizer in spoken):
+        raise DataError("The teachers' tokenizers differ; give teachers that were trained on the same texts.")
+    return build.build(recipe.model, corpus, recipe.optim.seed, spoken[0] if spoken else None)
 
 
 def _teacher(path: Path, device: Any) -> Any:
@@ -171,11 +176,11 @@ def _epoch(run: Run, epoch: int, bar: Any) -> None:
         batch["pixel_values"] = normalise(pictures, run.processor)
         with _autocast(run):
             soft = soft_answers(run.teachers, batch, recipe.optim.temperature) if run.teachers else None
-            loss = run.engine(batch, soft)
+        loss = run.engine(batch, soft)
         run.engine.backward(loss)
         run.engine.step()
         run.step += 1
-        run.ema.update(run.model, run.step)
+        run.ema.update(run.step)
         losses.append(loss.detach())
         bar.update(1)
     mean = float(torch.stack(losses).mean())
@@ -193,7 +198,7 @@ def _validate(run: Run, epoch: int) -> None:
     flags: dict[int, bool] = {}
     rows = grouped(range(len(bank.samples)), bank.image_of, run.recipe.optim.pack, np.random.default_rng(0))
     run.model.eval()
-    with run.ema.applied(run.model), _autocast(run), torch.compiler.set_stance("force_eager"):
+    with run.ema.applied(), _autocast(run), torch.compiler.set_stance("force_eager"):
         for start in range(0, len(rows), 32):
             groups = rows[start : start + 32]
             batch = bank.batch(groups)
@@ -237,7 +242,7 @@ def _resume(run: Run) -> int:
 def _finish(run: Run) -> Path:
     folder = run.out / "model"
     if run.rank == 0:
-        with run.ema.applied(run.model):
+        with run.ema.applied():
             outputs.save_weights(run.model, folder, run.recipe.engine.save_dtype)
         run.processor.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(run.recipe.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import numpy as np
 from model.collate import Encoded, encode_sample
 from model.data import DataError, Sample, load_rgb, read, split_by_group
 from model.packing import Group, grouped, pack
+from model.prompts import IGNORE
 from server.recipe import DataConfig, OptimConfig, Source
 
 
@@ -79,15 +80,29 @@ class Bank:
     pad_id: int
 
     def batch(self, groups: Sequence[Group], multiple: int = 1) -> dict[str, Any]:
-        """Packed groups, padded to `multiple` tokens; pictures float32 in [0, 1], one for each group."""
+        """Packed groups, padded to `multiple` tokens, for `server.objective.labelled_logits`, on the device.
+
+        `pictures` float32 in [0, 1], one for each group; `places` and `targets` say which flattened position predicts
+        which labelled token.
+        """
         import torch
 
+        ids, labels, segments, positions = pack(self.encoded, groups, self.prefix, self.pad_id, multiple)
+        row, column = (labels != IGNORE).nonzero(as_tuple=True)
+        parts = {
+            "input_ids": ids,
+            "segments": segments,
+            "positions": positions,
+            "places": row * labels.shape[1] + column - 1,
+            "targets": labels[row, column],
+            "pictures": torch.tensor([self.image_of[group[0]] for group in groups]),
+        }
         device = self.pictures.device
-        packed = pack(self.encoded, groups, self.prefix, self.pad_id, multiple)
-        ids, labels, segments, positions = (part.to(device) for part in packed)
-        index = torch.tensor([self.image_of[group[0]] for group in groups], device=device)
-        pictures = self.pictures[index].float() / 255
-        return {"input_ids": ids, "labels": labels, "segments": segments, "positions": positions, "pictures": pictures}
+        if device.type == "cuda":
+            parts = {name: part.pin_memory() for name, part in parts.items()}
+        batch = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        batch["pictures"] = self.pictures[batch["pictures"]].float() / 255
+        return batch
 
 
 def build_bank(samples: Sequence[Sample], processor: Any, image_tokens: int, device: Any) -> Bank:
