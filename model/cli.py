@@ -184,6 +184,33 @@ def _estimate(part: dict[str, Any]) -> str:
     return f"{part['percent']:6.2f} %{span}  of {part['rows']}"
 
 
+@main.command()
+@click.argument("answers", type=_FILE, nargs=-1, required=True)
+@click.option("--data", "dataset", type=_FILE, required=True, help="The dataset that was answered.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plainly
+def score(answers: tuple[Path, ...], dataset: Path, as_json: bool) -> None:
+    """Score ANSWERS (answers.jsonl of any program) strictly; of several runs, or seeds, also the mean."""
+    from model.evaluate import score_files
+
+    found = score_files(dataset, answers)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, scores in found["runs"].items():
+        click.echo(f"{name}: {scores['missing']} of {scores['rows']} not answered")
+        _lines(scores)
+    if len(answers) > 1:
+        click.echo(f"mean of {len(answers)} runs, interval over images")
+        _lines(found["mean"])
+
+
+def _lines(scores: dict[str, Any]) -> None:
+    for kind in ("all", "closed", "open"):
+        if part := scores[kind]:
+            click.echo(f"  {kind:<8} {_estimate(part)}")
+
+
 @main.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plainly

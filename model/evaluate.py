@@ -7,6 +7,7 @@ picture are put in one batch, so that the picture is encoded once. Not covered: 
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -107,6 +108,19 @@ def rows(samples: Sequence[Sample], texts: Sequence[str | None] | None = None) -
         Row(s.id, s.answer, text, s.answer_type, s.group, s.meta.get("content_type") or s.meta.get("topic", ""))
         for s, text in zip(samples, given, strict=True)
     ]
+
+
+def score_files(dataset: Path, files_of_answers: Sequence[Path]) -> dict[str, Any]:
+    """Scores of answers that were made elsewhere, and of several runs their mean; rows are matched by id."""
+    references = rows(data.read(dataset, dataset.parent))  # the images are not looked at
+    runs, reports = [], {}
+    for path in files_of_answers:
+        given = [(row["question_id"], row["text"]) for row in _answers(path)[0]]
+        matched, counts = metrics.match(references, given)
+        runs.append(matched)
+        reports[str(path)] = metrics.score(matched, counts=counts).to_dict()
+    mean = {name: dataclasses.asdict(part) if part else None for name, part in metrics.average(runs).items()}
+    return {"runs": reports, "mean": mean}
 
 
 def _bar(total: int, done: int, shown: bool) -> Any:

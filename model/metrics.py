@@ -220,6 +220,25 @@ def score(rows: Iterable[Row], *, counts: Mapping[str, int] | None = None, resam
     )
 
 
+def average(runs: Sequence[Sequence[Row]], resamples: int = RESAMPLES) -> dict[str, Estimate | None]:
+    """Mean exact match of several runs (seeds) over the same rows, in the same order: all, closed and open.
+
+    A row counts with the share of runs that had it right; images are resampled, runs are not, so the interval says how
+    far other images would move the mean, not other seeds. Raises `ScoreError` where the rows differ.
+    """
+    if len({tuple((row.id, normalise(row.reference)) for row in rows) for rows in runs}) != 1:
+        raise ScoreError("The runs do not answer the same rows; give answers to one dataset.")
+    usable = [place for place, row in enumerate(runs[0]) if normalise(row.reference)]
+    right = np.array([[exact(rows[n].answer, rows[n].reference) for n in usable] for rows in runs], dtype=float)
+    groups = [runs[0][n].group or runs[0][n].id for n in usable]
+    kinds = [kind(runs[0][n].answer_type) for n in usable]
+    found: dict[str, Estimate | None] = {}
+    for name in ("all", "closed", "open"):
+        chosen = [place for place in range(len(usable)) if name in ("all", kinds[place])]
+        found[name] = estimate(right.mean(0)[chosen], [groups[place] for place in chosen], resamples)
+    return found
+
+
 def flips(before: Sequence[Row], after: Sequence[Row], *, resamples: int = RESAMPLES) -> dict[str, object]:
     """What changed between two sets of answers to the same questions, matched by id; rows in only one set are counted.
 

@@ -6,7 +6,7 @@ Only facts: no weights are fetched here or anywhere else. Does not cover importi
 from dataclasses import dataclass
 from pathlib import Path
 
-_REFERENCE = Path(__file__).parent / "reference"
+_HERE = Path(__file__).parent
 
 
 class PresetMissing(RuntimeError):
@@ -31,16 +31,16 @@ class Preset:
 
 PRESETS: tuple[Preset, ...] = (
     Preset("reference", "trained here on open data, comes with Afya; not for clinical use", None, None, "afya", True),
+    Preset("reference-half", "the same from half of the images, for experiments on the rest", None, None, "afya", True),
     Preset("tinyllava-1.5b", "TinyLLaVA 1.5B: TinyLlama, SigLIP-so400m tower", 384, 729, "v1", False),
     Preset("tinyllava-med-f", "TinyLLaVA-Med-F: TinyLLaVA 1.5B tuned on biomedical data", 384, 729, "v1", False),
     Preset("llava-med-v1.5", "LLaVA-Med v1.5: Mistral 7B, CLIP ViT-L tower", 336, 576, "mistral_instruct", False),
 )
 
 
-def reference_path() -> Path:
-    """Folder of the reference model. Raises PresetMissing with one plain sentence when its weights are not there."""
-    if not (_REFERENCE / "config.json").is_file():
-        raise PresetMissing(
-            f"The reference model is not in {_REFERENCE}; clone the repository again or pass --model FOLDER."
-        )
-    return _REFERENCE
+def reference_path(name: str = "reference") -> Path:
+    """Folder of a model that comes with Afya. Raises PresetMissing with one plain sentence when it is not there."""
+    folder = _HERE / name.replace("-", "_")
+    if not (folder / "config.json").is_file():
+        raise PresetMissing(f"The {name} model is not in {folder}; clone the repository again or pass --model FOLDER.")
+    return folder

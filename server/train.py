@@ -42,6 +42,7 @@ class Run:
     held_out: Bank | None
     ema: Ema
     teachers: list[Any]
+    teacher_names: list[str]
     total: int  # optimiser steps of the whole run
     step: int = 0
 
@@ -111,8 +112,8 @@ def _start(recipe: Recipe, data: Path, out: Path, start: Path | None, teachers: 
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, outputs.schedule(recipe, total)),
         config=outputs.deepspeed_config(recipe, world),
     )
-    ema = Ema(model, recipe.optim.ema)
-    return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, ema, loaded, total)
+    ema, names = Ema(model, recipe.optim.ema), [str(path) for path in teachers]
+    return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, ema, loaded, names, total)
 
 
 def _processes() -> tuple[Any, int, int]:
@@ -245,7 +246,8 @@ def _finish(run: Run) -> Path:
         with run.ema.applied():
             outputs.save_weights(run.model, folder, run.recipe.engine.save_dtype)
         run.processor.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(run.recipe.as_dict(), indent=1) + "\n", encoding="utf-8")
+        record = run.recipe.as_dict() | {"teachers": run.teacher_names}
+        (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         outputs.plot(run.out)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -70,8 +70,9 @@ def slake_clinics(plan: Plan) -> tuple[list[ClinicData], list[str]]:
 def _held_out(base: Path) -> tuple[float, int, list[str]]:
     """Which images the base was not trained on (share and seed of the split), from its own training record."""
     try:
-        record = json.loads((base / "training.json").read_text(encoding="utf-8"))["data"]
-        fraction, seed = float(record["hold_out"]), int(record["hold_out_seed"])
+        record = json.loads((base / "training.json").read_text(encoding="utf-8"))
+        fraction, seed = float(record["data"]["hold_out"]), int(record["data"]["hold_out_seed"])
+        taught = bool(record.get("teachers"))
     except (OSError, ValueError, KeyError, TypeError):
         remark = f"{base.name} has no training.json: that it has not seen these images (half, seed 7) is unproven."
         return 0.5, 7, [remark]
@@ -80,7 +81,7 @@ def _held_out(base: Path) -> tuple[float, int, list[str]]:
             f"{base} was trained on all of SLAKE's en_train, so no image is new to it; make a base that has not seen"
             " half of them (afya-server train ... --set data.hold_out=0.5) and give it with --base."
         )
-    return fraction, seed, []
+    return fraction, seed, [f"{base.name} had teachers; whether they saw these images is unproven."] if taught else []
 
 
 def write_rows(folder: Path, samples: Sequence[Sample]) -> Path:

@@ -32,7 +32,12 @@ def parse(arguments: Sequence[str]) -> Plan:
     parser.add_argument("--rounds", type=int, metavar="N", help="federated rounds")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps of a clinic in each round")
     parser.add_argument("--data", type=Path, metavar="DIR", help="SLAKE: clinics by modality on real images")
-    parser.add_argument("--base", type=Path, metavar="MODEL", help="the model all start from")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="MODEL",
+        help="the model all start from (default: the reference model; with --data that of half the images)",
+    )
     chosen = parser.parse_args(arguments)
     if chosen.rounds is not None and not 1 <= chosen.rounds <= 200:
         parser.error("--rounds is between 1 and 200")
@@ -40,7 +45,7 @@ def parse(arguments: Sequence[str]) -> Plan:
         parser.error("--steps is between 8 and 500, as the clinics' limits say")
     if chosen.data is not None and not (chosen.data / "en_train.json").is_file():
         parser.error(f"{chosen.data} holds no en_train.json; give the folder of SLAKE")
-    base = (chosen.base or _reference()).resolve()
+    base = (chosen.base or _reference("reference-half" if chosen.data else "reference")).resolve()
     if not (base / "config.json").is_file():
         parser.error(f"{base} is no model folder (config.json is missing)")
     plan = Plan(base, chosen.out.resolve(), chosen.data.resolve() if chosen.data else None, not chosen.no_kiosk)
@@ -48,11 +53,11 @@ def parse(arguments: Sequence[str]) -> Plan:
     return dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _reference() -> Path:
+def _reference(name: str) -> Path:
     from model.presets import PresetMissing, reference_path
 
     try:
-        return reference_path()
+        return reference_path(name)
     except PresetMissing as error:
         raise DemoFailed(str(error)) from error
 

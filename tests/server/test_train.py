@@ -89,6 +89,18 @@ def test_one_process_goes_on_from_a_model_and_the_result_answers(tmp_path: Path)
     assert kept == AutoProcessor.from_pretrained(start).tokenizer.get_vocab()
 
 
+@pytest.mark.slow
+def test_bf16_is_really_in_effect_inside_the_engine(tmp_path: Path) -> None:
+    """DeepSpeed switches an autocast around its engine off, silently: the losses would be those of fp32."""
+    seen = {}
+    for precision in ("fp32", "bf16"):
+        sets = {"optim.epochs": 1, "engine.zero_stage": 0, "engine.precision": precision}
+        assert run(tmp_path / precision, **sets).returncode == 0
+        seen[precision] = losses(tmp_path / precision)[0]
+    assert seen["bf16"] != seen["fp32"]
+    assert seen["bf16"] == pytest.approx(seen["fp32"], rel=0.02)
+
+
 def test_a_wrong_recipe_is_one_sentence_and_nothing_is_written(tmp_path: Path) -> None:
     done = run(tmp_path / "o", **{"optim.epocs": 3})
     assert done.returncode == 1
