@@ -1,5 +1,6 @@
 """The screen "This computer": which model answers and why, memory and speed over time, what is stored, last backup."""
 
+from datetime import datetime
 from pathlib import Path
 
 import streamlit as st
@@ -70,15 +71,25 @@ def _model(desk: Desk) -> None:
 
 def _plot(title: str, rows: list[dict[str, object]], lines: dict[str, str], scale: float = 1.0) -> None:
     """A line for each column of the memory log, over the time of the measurements (this computer's clock)."""
+    import altair
     import pandas
 
-    index = pandas.to_datetime([row["at"] for row in rows]).tz_convert(None)
-    data = pandas.DataFrame(
-        {
-            label: pandas.to_numeric([row[column] for row in rows], errors="coerce") * scale
-            for label, column in lines.items()
-        },
-        index=index,
-    )
+    here = datetime.now().astimezone().tzinfo
+    moments = pandas.to_datetime([row["at"] for row in rows]).tz_convert(here).tz_localize(None)
+    values = {
+        label: pandas.to_numeric([row[column] for row in rows], errors="coerce") * scale
+        for label, column in lines.items()
+    }
+    data = pandas.DataFrame({"at": moments, **values}).melt("at", var_name="what", value_name="value").dropna()
+    span = (moments.max() - moments.min()).total_seconds() if len(moments) else 0
+    clock = "%H:%M:%S" if span < 600 else "%H:%M" if span < 86_400 else "%d %b"
+    colour = altair.Color("what:N", title=None, legend=altair.Legend(orient="bottom") if len(lines) > 1 else None)
+    chart = altair.Chart(data, height=260).mark_line(point=len(rows) < 3)
     st.markdown(f"**{title}**")
-    st.line_chart(data, height=260, color=list(COLOURS[: len(lines)]))
+    st.altair_chart(
+        chart.encode(
+            x=altair.X("at:T", title=None, axis=altair.Axis(format=clock, tickCount=4, labelOverlap=True)),
+            y=altair.Y("value:Q", title=None, scale=altair.Scale(zero=True)),
+            color=colour.scale(domain=list(lines), range=list(COLOURS[: len(lines)])),
+        )
+    )
