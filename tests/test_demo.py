@@ -150,6 +150,19 @@ def test_a_base_that_has_seen_every_image_is_refused(tmp_path: Path) -> None:
         clinics._held_out(tmp_path)
 
 
+def test_real_images_start_from_the_model_that_has_not_seen_half_of_them(shared: Path, tmp_path: Path) -> None:
+    assert main.parse(["--out", str(tmp_path)]).base.name == "reference"
+    plan = main.parse(["--data", str(shared / "data/slake"), "--out", str(tmp_path)])
+    assert plan.base.name == "reference_half"
+    assert clinics._held_out(plan.base) == (0.5, 7, [])
+
+
+def test_a_base_with_teachers_is_not_trusted_blindly(tmp_path: Path) -> None:
+    record = {"data": {"hold_out": 0.5, "hold_out_seed": 7}, "teachers": ["runs/t1/model"]}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    assert "had teachers" in clinics._held_out(tmp_path)[2][0]
+
+
 def test_written_rows_are_read_back_alike(tmp_path: Path) -> None:
     rows = phantoms.clinic_samples("hilltop", 2, seed=3, size=32)
     back = data.read(clinics.write_rows(tmp_path, rows))
