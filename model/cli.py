@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from model import measure_cli
+
 NOTICE = "Decision support, not a diagnosis."
 _FILE = click.Path(path_type=Path)
 _BITS = click.Choice(["32", "16", "8", "4"])
@@ -37,7 +39,7 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
         refusals = (AdapterRejected, RequestRefused, DataError, EvaluationError, ImageRejected, ModelError)
         try:
             command(*args, **kwargs)
-        except (*refusals, ScoreError, PresetMissing) as error:
+        except (*refusals, ScoreError, PresetMissing, measure_cli.MeasurementError) as error:
             raise click.ClickException(str(error)) from error
 
     return wrapped
@@ -209,6 +211,21 @@ def _lines(scores: dict[str, Any]) -> None:
     for kind in ("all", "closed", "open"):
         if part := scores[kind]:
             click.echo(f"  {kind:<8} {_estimate(part)}")
+
+
+@main.command()
+@measure_cli.options
+@plainly
+def memory(
+    model: Path | None, dataset: Path | None, out: Path, as_json: bool, bits: str, backend: str, **given: Any
+) -> None:
+    """Measure memory and speed at several precisions, each in a process of its own."""
+    texts = {name: "" if given[name] is None else str(given[name]) for name in ("images", "adapter", "device")}
+    rest = {name: given[name] for name in ("limit", "max_new_tokens")}
+    where = {"model": str(base(model)), "data": "" if dataset is None else str(dataset)}
+    todo = measure_cli.plans(bits, backend, out, **where, **texts, **rest)
+    report = measure_cli.run_all(todo, out, progress=not as_json)
+    click.echo(json.dumps(report) if as_json else f"{measure_cli.table(report['results'])}\n\nWritten to {out}.")
 
 
 @main.command("list")
