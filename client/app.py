@@ -24,7 +24,7 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the one factor that is asked for on this clinic's consented samples, or refuse with the reason."""
+    """Train the factors that are asked for on this clinic's consented samples, or refuse with the reason."""
     return Message(train_reply(message.content, files.home()), reply_to=message)
 
 
@@ -56,7 +56,7 @@ def train_reply(content: RecordDict, home: Path) -> RecordDict:
             samples,
             base,
             state,
-            (request.factor,),
+            tuple(request.factor),
             request.local_steps,
             lr=request.lr,
             batch=request.batch_size,
@@ -74,8 +74,8 @@ def train_reply(content: RecordDict, home: Path) -> RecordDict:
 
 
 def _trained(trained: "Trained", request: limits.Request, seconds: float) -> RecordDict:
-    """The factor that was asked for, and what a coordinator may know of how it was made."""
-    factor = {name: array for name, array in trained.state.items() if adapters.factor(name) == request.factor}
+    """The factors that were asked for, and what a coordinator may know of how it was made."""
+    moved = {name: array for name, array in trained.state.items() if adapters.factor(name) in request.factor}
     metrics = {
         "num-examples": trained.examples,
         "server-round": request.server_round,
@@ -85,10 +85,10 @@ def _trained(trained: "Trained", request: limits.Request, seconds: float) -> Rec
         "seconds": seconds,
         "cpu-seconds": time.process_time(),
         "peak-rss-mib": trained.peak_rss_mib,
-        "bytes": adapters.state_bytes(factor),
+        "bytes": adapters.state_bytes(moved),
     }
-    arrays = ArrayRecord({wire.key(request.factor): Array(wire.pack(factor, request.factor))})
-    return RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)})
+    arrays = {wire.key(factor): Array(wire.pack(moved, factor)) for factor in request.factor}
+    return RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord(metrics)})
 
 
 def release_reply(content: RecordDict, home: Path) -> RecordDict:

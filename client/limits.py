@@ -124,8 +124,8 @@ def check(request: Request, spec: adapters.AdapterSpec, limits: Limits, base_sha
     """Raise Refused with the first reason why this clinic does not train what is asked."""
     if request.base_sha256 != base_sha256:
         raise Refused(f"the base model asked for is {request.base_sha256[:12]}, this clinic has {base_sha256[:12]}")
-    if request.factor not in ("A", "B"):
-        raise Refused(f"the factor asked for is {request.factor[:20]!r}, not A or B")
+    if request.factor not in ("A", "B", "AB"):
+        raise Refused(f"the factor asked for is {request.factor[:20]!r}, not A, B or AB")
     check_targets(spec, limits)
     ranges = (
         ("local-steps", request.local_steps, limits.min_steps, limits.max_steps),

@@ -66,6 +66,7 @@ class RoundCheckpoint:
     bytes_down: int = 0
     bytes_up: int = 0
     history: tuple[dict[str, Any], ...] = ()
+    quality: dict[str, Any] = field(default_factory=dict)  # how exact the aggregation was: `server.aggregate.describe`
 
 
 def save(root: Path, checkpoint: RoundCheckpoint, keep: int = KEEP) -> Path:
@@ -136,6 +137,7 @@ def summary(checkpoint: RoundCheckpoint) -> dict[str, Any]:
         "seconds": round(checkpoint.seconds, 2),
         "bytes_down": checkpoint.bytes_down,
         "bytes_up": checkpoint.bytes_up,
+        "quality": {key: value for key, value in checkpoint.quality.items() if key != "layers"},
     }
 
 
@@ -153,6 +155,7 @@ def _manifest(checkpoint: RoundCheckpoint, adapter_sha256: str) -> bytes:
         "bytes_down": checkpoint.bytes_down,
         "bytes_up": checkpoint.bytes_up,
         "history": list(checkpoint.history),
+        "quality": checkpoint.quality,
         "adapter_sha256": adapter_sha256,
         "versions": _versions(),
     }

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from model import adapters, wire
 from server import checkpoint as store
 from server import release
+from server.aggregate import factors_of_round
 from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
 from server.settings import Settings, SettingsRejected
@@ -78,7 +79,8 @@ class Federation:
 
     def _same_adapter(self, found: RoundCheckpoint, base: str) -> None:
         s, was = self.settings, found.config
-        faults = [f"{n} was {was.get(n)!r}" for n in ("targets", "rank", "alpha") if was.get(n) != getattr(s, n)]
+        same = ("targets", "rank", "alpha", "aggregation")
+        faults = [f"{n} was {was[n]!r}" for n in same if n in was and was[n] != getattr(s, n)]
         if found.spec.base_sha256 != base:
             faults.append(f"the base model was {found.spec.base_sha256[:12]}")
         if faults:
@@ -88,7 +90,7 @@ class Federation:
     def _round(self, number: int, before: RoundCheckpoint) -> RoundCheckpoint:
         """One round from the state of `before`; its checkpoint is on the disk when this returns."""
         start = self.clock()
-        factor = "B" if before.updates % 2 == 0 else "A"
+        factor = factors_of_round(self.settings.aggregation, before.updates)
         clinics = self._clinics(start)
         self.events.add("round", round=number, factor=factor, clinics=sorted(clinics.values()))
         gate = Gate(self._ask(number, factor, before, clinics))
@@ -112,7 +114,7 @@ class Federation:
 
     def _ask(self, number: int, factor: str, before: RoundCheckpoint, clinics: Mapping[int, str]) -> Ask:
         s = self.settings
-        values = sum(before.state[n].size for n in before.spec.names if adapters.factor(n) == factor)
+        values = sum(before.state[n].size for n in before.spec.names if adapters.factor(n) in factor)
         cap = s.max_update_norm or norm_cap(s.lr, s.local_steps, values)
         return Ask(number, factor, before.state, before.spec, clinics, cap)
 
@@ -176,13 +178,15 @@ class Federation:
     def _conclude(self, gate: Gate, before: RoundCheckpoint, start: float) -> RoundCheckpoint:
         """The checkpoint after a round: with the mean of the accepted updates, or unchanged below the quorum."""
         ask, updates = gate.ask, list(gate.updates.values())
-        enough = len(updates) >= self.settings.min_clinics
+        s = self.settings
+        enough = len(updates) >= max(s.min_clinics, 2 * s.trim + 1)
         base = replace(
             before,
             round=ask.round,
             factor=ask.factor,
             changed=enough,
             accepted=(),
+            quality={},
             rejected=tuple(gate.rejected),
             config=asdict(self.settings),
             seconds=self.clock() - start,
@@ -190,10 +194,11 @@ class Federation:
             bytes_up=sum(update.bytes for update in updates),
         )
         if enough:
-            mean, accepted = aggregate(updates)
+            scale = before.spec.alpha / before.spec.rank
+            found = aggregate(updates, before.state, mode=s.aggregation, cut=s.trim, scale=scale)
             reason = f"{len(updates)} of {len(ask.clinics)} replies aggregated"
-            state = {**before.state, **mean}
-            base = replace(base, state=state, accepted=accepted, updates=before.updates + 1, reason=reason)
+            base = replace(base, state=found.state, accepted=found.accepted, quality=found.quality)
+            base = replace(base, updates=before.updates + 1, reason=reason)
         else:
             reason = f"{len(updates)} accepted replies, fewer than the quorum of {self.settings.min_clinics}: unchanged"
             base = replace(base, reason=reason)

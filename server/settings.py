@@ -8,13 +8,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from server.aggregate import MODES
+
 
 class SettingsRejected(ValueError):
     """The run configuration cannot be used; the message lists every fault."""
 
 
-def _setting(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
-    return field(default=default, metadata={"help": meaning, "low": low, "high": high})
+def _setting(
+    default: Any, meaning: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    return field(default=default, metadata={"help": meaning, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Settings:
     local_steps: int = _setting(40, "optimizer steps a clinic takes in a round", 1, 100_000)
     lr: float = _setting(2e-3, "learning rate", 1e-7, 1.0)
     batch_size: int = _setting(16, "samples in a step", 1, 4096)
+    aggregation: str = _setting(
+        "alternating", "alternating, ffa, product-svd or factor-average (README: aggregation)", choices=MODES
+    )
+    trim: int = _setting(0, "clinics cut at each end of every value before the mean, against poison", 0, 1000)
     min_clinics: int = _setting(2, "accepted replies below which a round changes nothing", 1, 10_000)
     round_deadline: float = _setting(3600.0, "seconds after which a round goes on without the missing", 1, 604_800)
     release_every: int = _setting(0, "release to the clinics every n rounds; 0: at the end only", 0, 10_000)
@@ -63,10 +71,14 @@ def read(config: Mapping[str, Any]) -> Settings:
         if type(value) is not kind:
             faults.append(f"{name} = {value!r} is not of type {kind.__name__}")
             continue
-        low, high = entry.metadata["low"], entry.metadata["high"]
+        low, high, choices = (entry.metadata[key] for key in ("low", "high", "choices"))
+        if choices and value not in choices:
+            faults.append(f"{name} = {value!r} is none of {', '.join(choices)}")
         if low is not None and not low <= value <= high:
             faults.append(f"{name} = {value} is not between {low} and {high}")
         values[entry.name] = value
+    if values.get("trim") and values.get("aggregation") == "product-svd":
+        faults.append("trim does not go with product-svd; set trim = 0 or another aggregation")
     if not config.get("checkpoint-dir"):
         faults.append("checkpoint-dir is empty; give the folder for the rounds")
     if faults:

@@ -1,8 +1,9 @@
-"""The gate in front of aggregation, and the aggregation: which replies count, and the exact weighted mean of those.
+"""The gate in front of aggregation: which replies count, with which weight, and what a round makes of them.
 
 A reply counts only if it has exactly the arrays that were asked for, finite, of this round, within the norm cap, with a
-believable number of examples. Anything else becomes a Rejection with its reason and never ends the run.
-Not covered: poison that looks like training within the cap (`server.release` keeps the evidence for a person).
+believable number of examples. Anything else becomes a Rejection with its reason and never ends the run. The
+arithmetic is in `server.aggregate`. Not covered: poison that looks like training within the cap (`server.release` keeps
+the evidence for a person).
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 
 from model import adapters, wire
 from model.adapters import AdapterRejected, AdapterSpec, State
+from server import aggregate as aggregation
 from server.checkpoint import Contribution, Rejection
 
 MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
@@ -24,14 +26,14 @@ REASON_LENGTH = 300  # characters of a clinic's own words that are kept
 
 @dataclass(frozen=True)
 class Ask:
-    """What a round asks for: `factor` trained from `state`, by nodes `clinics` (node id -> name), within `max_norm`."""
+    """What a round asks for: `factor` ("A", "B" or "AB") trained from `state`, by `clinics` (node id -> name)."""
 
     round: int
     factor: str
     state: State
     spec: AdapterSpec
     clinics: Mapping[int, str]
-    max_norm: float
+    max_norm: float  # largest norm of an update that is believed
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every array of the adapter."""
@@ -40,7 +42,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Update:
-    """A reply that passed the gate: arrays of the one factor, and what the clinic says about its training."""
+    """A reply that passed the gate: arrays of the factors asked for, and what the clinic says about its training."""
 
     node: int
     clinic: str
@@ -109,7 +111,7 @@ class Gate:
         examples = _examples(content.metric_records["metrics"])
         if metrics.get("server-round") != self.ask.round:
             raise AdapterRejected(f"the reply is of round {metrics.get('server-round')}, not of round {self.ask.round}")
-        arrays = wire.unpack(content.array_records["arrays"], self.ask.shapes(), (self.ask.factor,))
+        arrays = wire.unpack(content.array_records["arrays"], self.ask.shapes(), tuple(self.ask.factor))
         norm = _distance(arrays, self.ask.state)
         if norm > self.ask.max_norm:
             raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
@@ -155,24 +157,38 @@ def shares(examples: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
     return [n / sum(capped) for n in capped]
 
 
-def aggregate(updates: Sequence[Update], cap: float = WEIGHT_CAP) -> tuple[State, tuple[Contribution, ...]]:
-    """Weighted mean of the one factor that every clinic trained, summed in node order so that arrival plays no part.
+@dataclass(frozen=True)
+class Outcome:
+    """What a round made of its updates: all factors, who took part with which share, and how exact the result is."""
 
-    Exact for LoRA: the other factor is frozen and the same everywhere, so the mean of factors is the mean of updates.
-    Raises ValueError without any update.
+    state: State
+    accepted: tuple[Contribution, ...]
+    quality: dict[str, Any]
+
+
+def aggregate(
+    updates: Sequence[Update],
+    before: State,
+    *,
+    mode: str = "alternating",
+    cut: int = 0,
+    scale: float = 1.0,
+    cap: float = WEIGHT_CAP,
+) -> Outcome:
+    """Combine the updates in node order, so that arrival plays no part; `scale` is alpha / rank, for the figures.
+
+    Raises ValueError as `server.aggregate.combine` does: without any update, or with too few for the trimming.
     """
-    if not updates:
-        raise ValueError("there is nothing to aggregate")
     ordered = sorted(updates, key=lambda update: update.node)
-    weights = shares([update.examples for update in ordered], cap)
-    mean: State = {}
-    for name, first in ordered[0].arrays.items():
-        total = np.zeros(first.shape, np.float64)
-        for update, weight in zip(ordered, weights, strict=True):
-            total += weight * update.arrays[name].astype(np.float64)
-        mean[name] = total.astype(first.dtype)
+    weights = shares([update.examples for update in ordered], cap) if ordered else []
+    replies = [update.arrays for update in ordered]
+    state, discarded = aggregation.combine(mode, before, replies, weights, cut=cut)
+    if cut:
+        weights = [1 / len(ordered)] * len(ordered)
+    found = aggregation.fit(before, state, replies, weights, scale)
     rows = zip(ordered, weights, strict=True)
-    return mean, tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics) for u, w in rows)
+    accepted = tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics) for u, w in rows)
+    return Outcome(state, accepted, aggregation.describe(found, mode, discarded))
 
 
 def norm_cap(lr: float, steps: int, elements: int) -> float:

@@ -56,7 +56,7 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative rate": ({"lr": -1.0}, "lr is -1.0"),
     "a huge batch": ({"batch_size": 10_000}, "batch-size is 10000"),
     "a huge scale": ({"alpha": 1e9}, "alpha"),
-    "both factors": ({"factor": "AB"}, "factor"),
+    "no known factor": ({"factor": "C"}, "factor"),
     "a path": ({"output_dir": "/home"}, "'output-dir'"),
     "steps as text": ({"local_steps": "8; rm -rf /"}, "local-steps"),
     "steps as truth": ({"local_steps": True}, "local-steps"),

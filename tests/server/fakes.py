@@ -68,9 +68,9 @@ def reply(arrays: dict[str, Any], number: int, examples: object = 10, **metrics:
 
 
 def moved(message: Message, step: float) -> dict[str, np.ndarray]:
-    """The factor that a train message asks for, every value moved by `step`."""
-    _, factor, state = asked(message)
-    return {wire.key(factor): state[wire.key(factor)] + np.float32(step)}
+    """The factors that a train message asks for, every value moved by `step`."""
+    _, factors, state = asked(message)
+    return {wire.key(factor): state[wire.key(factor)] + np.float32(step) for factor in factors}
 
 
 def honest(step: float = 0.01, examples: int = 10) -> Clinic:

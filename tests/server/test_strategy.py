@@ -110,8 +110,9 @@ def _update(node: int, array: np.ndarray, examples: int) -> Update:
 def test_the_mean_is_numpys_and_the_order_plays_no_part(examples: list[int], seed: int, order: list[int]) -> None:
     draw = np.random.default_rng(seed)
     updates = [_update(node, draw.normal(size=(3, 4)).astype(np.float32), n) for node, n in enumerate(examples)]
-    mean, rows = aggregate(updates)
-    shuffled, _ = aggregate([updates[i] for i in order if i < len(updates)])
+    found = aggregate(updates, {})
+    mean, rows = found.state, found.accepted
+    shuffled = aggregate([updates[i] for i in order if i < len(updates)], {}).state
     assert np.array_equal(mean["w"], shuffled["w"])
     capped = np.minimum(examples, 2 * np.median(examples))
     reference = np.average([u.arrays["w"].astype(np.float64) for u in updates], axis=0, weights=capped)
@@ -122,7 +123,7 @@ def test_the_mean_is_numpys_and_the_order_plays_no_part(examples: list[int], see
 def test_every_order_of_five_replies_gives_the_same_bits() -> None:
     draw = np.random.default_rng(3)
     updates = [_update(node, draw.normal(size=64).astype(np.float32), 10 + node) for node in range(5)]
-    results = {aggregate(list(order))[0]["w"].tobytes() for order in itertools.permutations(updates)}
+    results = {aggregate(list(order), {}).state["w"].tobytes() for order in itertools.permutations(updates)}
     assert len(results) == 1
 
 
@@ -134,7 +135,8 @@ def test_alternating_is_exact_for_the_product(clinics: int, seed: int, factor: s
     frozen = draw.normal(size=(2, 6)) if factor == "B" else draw.normal(size=(4, 2))
     shape = (4, 2) if factor == "B" else (2, 6)
     updates = [_update(node, draw.normal(size=shape), int(draw.integers(1, 99))) for node in range(clinics)]
-    mean, rows = aggregate(updates)
+    found = aggregate(updates, {})
+    mean, rows = found.state, found.accepted
 
     def product(array: np.ndarray) -> np.ndarray:
         return array @ frozen if factor == "B" else frozen @ array
@@ -162,7 +164,7 @@ def test_one_reply_moves_the_mean_by_at_most_its_share_of_the_cap() -> None:
     size = sum(a.size for a in still.values())
     loud = {n: a + np.float32(cap / np.sqrt(size)) for n, a in still.items()}
     replies = [Update(0, "x", loud, 10, cap, 0, {})] + [Update(i, "y", still, 10, 0.0, 0, {}) for i in range(1, count)]
-    mean, _ = aggregate(replies)
+    mean = aggregate(replies, {}).state
     moved = np.sqrt(sum(((mean[n] - still[n]) ** 2).sum() for n in still))
     assert moved == pytest.approx(cap / count, rel=1e-5)
 
