@@ -6,16 +6,17 @@ Not here: downloading, building train/test files, checking a whole dataset for f
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from model.conversations import TurnFault, domain_of, pairs_of, turns_of
+from model.rows import DataError, answer_type, load_rows
 
-class DataError(ValueError):
-    """A dataset or a row of it cannot be used; the message says which and what to do."""
+__all__ = ["READERS", "DataError", "Sample", "answer_type", "examine", "load_rgb", "read", "split_by_group"]
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,6 @@ class Sample:
     meta: dict[str, str] = field(default_factory=dict)
 
 
-def answer_type(value: object) -> str:
-    """Map the spellings found in the wild ("CLOSED ", "close", "OPEN") to open, closed or unknown."""
-    word = str(value or "").strip().lower()
-    return {"open": "open", "closed": "closed", "close": "closed"}.get(word, "unknown")
-
-
-def _load_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give the path of a JSON dataset.") from error
-    try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
-        rows = json.loads(text) if rows is None else rows
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON (line {error.lineno}); repair or download it again.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} is not a list of rows; SLAKE, VQA-RAD and LLaVA files are JSON lists of objects.")
-    return rows
-
-
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     if key not in row or row[key] is None:
         raise DataError(f"{where} has no '{key}'; complete or remove the row.")
@@ -67,7 +47,7 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
 def read_slake(path: Path, images: Path) -> list[Sample]:
     """Read SLAKE 1.0 rows; `images` is the folder that holds xmlabN/source.jpg. Raises `DataError`."""
     samples = []
-    for number, row in enumerate(_load_json(path)):
+    for number, row in enumerate(load_rows(path)):
         where = f"{path} row {number}"
         name = _text(row, "img_name", where)
         meta: dict[str, str] = {
@@ -91,7 +71,7 @@ def read_slake(path: Path, images: Path) -> list[Sample]:
 def read_vqa_rad(path: Path, images: Path) -> list[Sample]:
     """Read VQA-RAD rows; `images` is the folder that holds synpicN.jpg. Raises `DataError`."""
     samples = []
-    for number, row in enumerate(_load_json(path)):
+    for number, row in enumerate(load_rows(path)):
         where = f"{path} row {number}"
         name = _text(row, "image_name", where)
         meta = {"content_type": str(row.get("question_type", "")), "location": str(row.get("image_organ", ""))}
@@ -110,33 +90,21 @@ def read_vqa_rad(path: Path, images: Path) -> list[Sample]:
     return samples
 
 
-def _pairs(turns: Sequence[dict[str, Any]], where: str) -> list[tuple[str, str]]:
-    """Question/answer pairs of one conversation; a leading answer is dropped, `<image>` marks are removed."""
-    pairs: list[tuple[str, str]] = []
-    question = None
-    for turn in turns:
-        value = str(turn.get("value", "")).replace("<image>", "").strip()
-        if turn.get("from") == "human":
-            question = value
-        elif question is not None:
-            pairs.append((question, value))
-            question = None
-    if not pairs:
-        raise DataError(f"{where} has no question with an answer; complete or remove the row.")
-    return pairs
-
-
 def read_llava(path: Path, images: Path) -> list[Sample]:
     """Read LLaVA conversation JSON: one `Sample` per answer, earlier turns in `history`. Raises `DataError`."""
     samples = []
-    for number, row in enumerate(_load_json(path)):
+    for number, row in enumerate(load_rows(path)):
         where = f"{path} row {number}"
         name = _text(row, "image", where)
-        turns = row.get("conversations") or row.get("conversatons") or []
-        pairs = _pairs(turns, where)
+        try:
+            pairs = pairs_of(turns_of(row))
+        except TurnFault as fault:
+            raise DataError(f"{where} {fault}") from fault
         row_id = str(row.get("id", number))
         meta = {k: str(row[k]) for k in ("domain", "question_type", "modality", "location") if row.get(k) is not None}
         meta["content_type"] = str(row.get("question_type", ""))
+        if "domain" in meta:
+            meta["domain"] = domain_of(row["domain"])
         for index, (question, answer) in enumerate(pairs):
             samples.append(
                 Sample(
@@ -147,7 +115,7 @@ def read_llava(path: Path, images: Path) -> list[Sample]:
                     answer_type=answer_type(row.get("answer_type")),
                     group=f"llava/{name}",
                     source="llava",
-                    history=tuple(pairs[:index]),
+                    history=pairs[:index],
                     meta=meta,
                 )
             )
@@ -190,7 +158,7 @@ def read(path: Path, images: Path | None = None) -> list[Sample]:
     """
     if path.is_dir():
         return read_training(path)
-    rows = _load_json(path)
+    rows = load_rows(path)
     if not rows:
         raise DataError(f"{path} holds no rows; choose another file.")
     first = set(rows[0]) | ({"conversations"} if "conversatons" in rows[0] else set())
@@ -216,6 +184,32 @@ def split_by_group(samples: Iterable[Sample], fraction: float, seed: int) -> tup
     random.Random(seed).shuffle(groups)
     held = set(groups[: round(len(groups) * fraction)])
     return [s for s in samples if s.group not in held], [s for s in samples if s.group in held]
+
+
+def examine(path: str) -> tuple[str, str]:
+    """Open one picture whole: ("", SHA-256 of its RGB pixels) if it is usable, (what is wrong, "") if not.
+
+    Never raises for a bad file, whatever its bytes do to the decoder.
+    """
+    import hashlib
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                picture.verify()
+            with Image.open(path) as picture:
+                rgb = picture.convert("RGB")
+    except FileNotFoundError:
+        return "missing", ""
+    except Exception as error:  # decoders raise whatever comes to them on damaged bytes
+        return f"unreadable ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no word'})", ""
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
+    digest.update(rgb.tobytes())
+    return "", digest.hexdigest()
 
 
 def load_rgb(sample: Sample) -> np.ndarray:
