@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.data import Sample, load_rgb
+from model.packing import shared_prefix
 
 PACK = 4  # questions in one sequence: beyond it the questions, not the picture, take most of the positions
 PROBE = 32  # samples on which the loss before and after is measured: enough to see a change, a second on two cores
@@ -35,10 +36,9 @@ class Batches:
         tower_frozen = not any(".vision_tower." in name for name in modules)
         self.projector_frozen = tower_frozen and not any(".multi_modal_projector." in name for name in modules)
         self.features = self._features() if tower_frozen else None
-        image_tokens = self._image_tokens()
-        self.prefix = image_tokens + 1  # the start mark and the picture: the same for all questions on one picture
-        tokenizer = self.processor.tokenizer
-        self.encoded = [encode_sample(sample, tokenizer, image_tokens) for sample in samples]
+        tokens, tokenizer, template = self._image_tokens(), self.processor.tokenizer, loaded.template
+        self.encoded = [encode_sample(sample, tokenizer, tokens, template=template) for sample in samples]
+        self.prefix = shared_prefix(self.encoded, self.core.config.image_token_id)
         self.batch, self.generator = min(batch, len(self.encoded)), np.random.default_rng(seed)
         self.order: list[Group] = []
         self.probe_groups = list(self._some(np.random.default_rng(0)))

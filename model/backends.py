@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from model import attach, decode, llava, memory
-from model.prompts import AFYA, encode
+from model.prompts import encode
 
 _BUSY_SECONDS = 120  # how long an adapter swap waits for the answers in progress
 
@@ -188,7 +188,7 @@ class TorchBackend:
         room = self.loaded.core.config.text_config.max_position_embeddings - request.max_new_tokens
         turns = [*request.history, (request.question, "")]
         while True:
-            ids, _ = encode(self.loaded.processor.tokenizer, AFYA, turns, image_tokens, None)
+            ids, _ = encode(self.loaded.processor.tokenizer, self.loaded.template, turns, image_tokens, None)
             if len(ids) <= room:
                 return ids
             if len(turns) == 1:

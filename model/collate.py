@@ -1,6 +1,6 @@
 """Samples to training tensors: encode with labels masked by construction, pad, stack pixels.
 
-Used by the central training and by the clinics' LoRA training; the template is the reference model's.
+Used by the central training and by the clinics' LoRA training.
 """
 
 from collections.abc import Sequence
@@ -52,9 +52,11 @@ def pixel_values(pictures: Sequence[np.ndarray], processor: Any) -> Any:
     return processor.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"]
 
 
-def collate(samples: Sequence[Sample], processor: Any, image_tokens: int, left: bool = False) -> dict[str, Any]:
+def collate(
+    samples: Sequence[Sample], processor: Any, image_tokens: int, left: bool = False, template: Template = AFYA
+) -> dict[str, Any]:
     """Batch for `LlavaForConditionalGeneration`: input_ids, attention_mask, labels, pixel_values."""
-    encoded = [encode_sample(sample, processor.tokenizer, image_tokens) for sample in samples]
+    encoded = [encode_sample(sample, processor.tokenizer, image_tokens, template=template) for sample in samples]
     batch = pad(encoded, processor.tokenizer.pad_token_id, left)
     batch["pixel_values"] = pixel_values([load_rgb(sample) for sample in samples], processor)
     return batch

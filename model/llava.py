@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import files
+from model import files, prompts
+from model.prompts import Template
 
 BITS = (32, 16, 8, 4)
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -47,6 +48,7 @@ class Loaded:
     base_sha256: str
     adapter_sha256: str | None
     path: Path
+    template: Template
 
     @property
     def core(self) -> Any:
@@ -92,6 +94,7 @@ def load(
         raise ModelError(f"{bits} bits are not offered; choose 32, 16, 8 or 4.")
     model = Path(model)
     digest = base_sha256(model)
+    template = _template(model)
     prepare_environment()
     import torch
 
@@ -104,12 +107,19 @@ def load(
         keep_gradients(network)
         network.requires_grad_(False)
     network.eval()
-    loaded = Loaded(network, processor, bits, place, dtype, reason, digest, None, model)
+    loaded = Loaded(network, processor, bits, place, dtype, reason, digest, None, model, template)
     if adapter is None:
         return loaded
     from model.attach import attach
 
     return attach(loaded, adapter, train=train)
+
+
+def _template(folder: Path) -> Template:
+    try:
+        return prompts.template_of(folder)
+    except prompts.TemplateUnknown as error:
+        raise ModelError(str(error)) from error
 
 
 def choose(bits: int, device: str | None = None) -> tuple[str, str, str]:

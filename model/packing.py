@@ -25,12 +25,18 @@ def grouped(rows: Sequence[int], image_of: Sequence[int], most: int, generator: 
     return [groups[int(i)] for i in generator.permutation(len(groups))]
 
 
+def shared_prefix(encoded: Sequence[Encoded], image_token: int) -> int:
+    """Positions that all rows share: up to the picture's last token (start mark, system prompt, picture)."""
+    first = encoded[0].ids
+    return len(first) - first[::-1].index(image_token)
+
+
 def pack(
     encoded: Sequence[Encoded], groups: Sequence[Group], prefix: int, pad_id: int, multiple: int = 1
 ) -> tuple[Any, Any, Any, Any]:
     """Ids, labels, segments (0 picture, 1.. questions, -1 padding) and positions, each int64 (groups, length).
 
-    `prefix` counts the positions that all rows share: the start mark and the picture.
+    `prefix` counts the positions that all rows share: what comes before the picture, and the picture itself.
     """
     import numpy as np
     import torch

@@ -171,7 +171,10 @@ def test_adapters_are_swapped_in_a_running_backend(tiny: Path, tmp_path: Path, b
     for place in (1, 2, 0, 2, 1, 0):
         backend.swap_adapter(folders[place - 1] if place else None)
         found = answers(backend, REQUESTS)
-        assert [(a.text, a.confidence) for a in found] == [(a.text, a.confidence) for a in fresh[place]], "no drift"
+        assert [a.text for a in found] == [a.text for a in fresh[place]]
+        # a busy machine gives products fewer threads, and sums of another order: 2e-7 was seen
+        drift = [a.confidence / b.confidence - 1 for a, b in zip(found, fresh[place], strict=True)]
+        assert max(map(abs, drift)) < 1e-5
         assert found[0].adapter_sha256 == backend.adapter_sha256 == fresh[place][0].adapter_sha256
 
 
