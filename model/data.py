@@ -75,6 +75,8 @@ def read_vqa_rad(path: Path, images: Path) -> list[Sample]:
         where = f"{path} row {number}"
         name = _text(row, "image_name", where)
         meta = {"content_type": str(row.get("question_type", "")), "location": str(row.get("image_organ", ""))}
+        if row.get("phrase_type"):
+            meta["phrase_type"] = str(row["phrase_type"])  # test_... marks the official test rows
         samples.append(
             Sample(
                 id=str(row.get("qid", number)),
