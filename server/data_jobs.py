@@ -51,20 +51,24 @@ Job = Callable[[], Iterable[Outcome]]
 
 
 def run_jobs(
-    fetcher: Fetcher, jobs: Iterable[Job], out: Path, workers: int, tick: Callable[[Outcome], None] = lambda _: None
+    fetcher: Fetcher,
+    jobs: Iterable[Job],
+    out: Path,
+    workers: int,
+    tick: Callable[[Outcome], None] = lambda _: None,
+    early: Iterable[Outcome] = (),
 ) -> Summary:
-    """Run jobs side by side, writing each outcome to the report as it comes; Ctrl-C and a full disk end it in order."""
+    """Run jobs side by side, writing each outcome to the report as it comes; Ctrl-C and a full disk end it in order.
+
+    `early` are outcomes known before; they are reported, too. `tick` hears each outcome of a job.
+    """
     summary = Summary()
     done: queue.Queue[Outcome | BaseException] = queue.Queue()
-    source = iter(list(jobs))
-    lock = threading.Lock()
-    threads = [
-        threading.Thread(target=_work, args=(fetcher, source, lock, done), daemon=True) for _ in range(max(1, workers))
-    ]
-    for thread in threads:
-        thread.start()
+    threads = _start(fetcher, jobs, workers, done)
     crash: BaseException | None = None
     with open(out / REPORT, "a", encoding="utf-8") as report:
+        for outcome in early:
+            record(outcome, report, summary)
         while any(thread.is_alive() for thread in threads) or not done.empty():
             try:
                 found = done.get(timeout=0.1)
@@ -90,6 +94,15 @@ def record(outcome: Outcome, report: IO[str], summary: Summary) -> None:
     summary.add(outcome)
     report.write(json.dumps(asdict(outcome) | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
     report.flush()
+
+
+def _start(fetcher: Fetcher, jobs: Iterable[Job], workers: int, done: Any) -> list[threading.Thread]:
+    """Workers that share the jobs and put what happens into `done`."""
+    source, lock = iter(list(jobs)), threading.Lock()
+    threads = [threading.Thread(target=_work, args=(fetcher, source, lock, done), daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _work(fetcher: Fetcher, source: Iterator[Job], lock: Any, done: Any) -> None:

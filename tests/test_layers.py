@@ -24,6 +24,7 @@ DOORS = {
         "model/adapters.py",
         "model/decode.py",
         "client/batches.py",
+        "server/data_check.py",
         "server/train.py",
     ],
     "peft": ["model/attach.py", "client/trainer.py"],
