@@ -82,9 +82,24 @@ def picture_jobs(
         if name in there:
             kept += 1
             continue
-        by_tar.setdefault(picture.tar_url, {}).setdefault(picture.member, []).append(name)
-    jobs = [_tar_job(fetcher, out, _moved(url, tar_base), members, largest) for url, members in by_tar.items()]
+        by_tar.setdefault(_moved(picture.tar_url, tar_base), {}).setdefault(picture.member, []).append(name)
+    _sweep(out, there, by_tar)
+    jobs = [_tar_job(fetcher, out, url, members, largest) for url, members in by_tar.items()]
     return jobs, kept
+
+
+def _archive(url: str) -> str:
+    """The name under which an archive waits for its pictures to be taken."""
+    return f".{hashlib.sha256(url.encode()).hexdigest()[:20]}.tar"
+
+
+def _sweep(out: Path, there: Collection[str], urls: Iterable[str]) -> None:
+    """Delete what a killed run left of archives that nothing is wanted from any more."""
+    needed = {_archive(url) for url in urls}
+    for name in there:
+        found = re.match(r"\.[0-9a-f]{20}\.tar(?=$|\.partial)", name)
+        if found and found[0] not in needed:
+            (out / name).unlink(missing_ok=True)
 
 
 def _moved(url: str, base: str) -> str:
@@ -96,7 +111,7 @@ def _tar_job(fetcher: Fetcher, out: Path, url: str, members: dict[str, list[str]
     """Fetch an archive, take its pictures, delete it. A picture wanted under two names is copied."""
 
     def run() -> Iterator[Outcome]:
-        archive = out / f".{hashlib.sha256(url.encode()).hexdigest()[:20]}.tar"
+        archive = out / _archive(url)
         first = {member: out / names[0] for member, names in members.items()}
         try:
             states, requests = _take(fetcher, url, archive, first, largest)

@@ -173,6 +173,18 @@ def test_pictures_come_out_of_their_archives_and_no_archive_stays(site: Site, fe
     assert not site.ranges("/oa/PMC2.tar.gz")
 
 
+def test_what_a_killed_run_left_is_used_or_swept(site: Site, fetcher: Fetcher, tmp_path: Path) -> None:
+    content = site.files["/oa/PMC1.tar.gz"] = tar(("PMC1/a.jpg", b"A"), ("PMC1/b.jpg", b"B"))
+    waiting = tmp_path / f".{hashlib.sha256(picture(site).tar_url.encode()).hexdigest()[:20]}.tar"
+    waiting.write_bytes(content)
+    orphans = [tmp_path / f".{'0' * 20}.tar{end}" for end in ("", ".partial", ".partial.tag")]
+    for path in [*orphans, tmp_path / "a.jpg.partial"]:
+        path.write_bytes(b"x")
+    assert run(fetcher, tmp_path, [picture(site, pair="a")]).counts == {"done": 1}
+    assert site.asked == []
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"a.jpg", REPORT}
+
+
 def names_below(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink()}
 
