@@ -23,6 +23,8 @@ DOORS = {
         "model/build.py",
         "model/adapters.py",
         "model/decode.py",
+        "model/checkpoint_config.py",
+        "model/checkpoint_tokenizer.py",
         "client/batches.py",
         "server/data_check.py",
         "server/train.py",
