@@ -177,6 +177,11 @@ def reference_path(name: str = "reference") -> Path:
     return folder
 
 
+def is_here(known: Preset) -> bool:
+    """Whether a model that comes with Afya is in this copy of it; False for the published ones."""
+    return known.source is None and (_HERE / known.name.replace("-", "_") / "config.json").is_file()
+
+
 def architecture(known: Preset) -> dict[str, Any] | None:
     """The parts of a preset's configuration that its size follows from, without the `<image>` row of an import.
 

@@ -44,6 +44,14 @@ def test_every_kind_of_weight_file(siglip: Any, tmp_path: Path, kind: str, shard
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" in report.dropped
 
 
+def test_a_bin_file_of_the_old_layout(siglip: Any, tmp_path: Path) -> None:
+    src = originals.write_original(siglip, tmp_path / "src")
+    (src / "model.safetensors").unlink()
+    torch.save(siglip.state(), src / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    report = import_checkpoint(src, tmp_path / "out", tower=originals.write_tower(siglip, tmp_path / "tower"))
+    assert gap(report.out, siglip) < LIMIT
+
+
 def test_the_tower_comes_from_its_folder_when_the_checkpoint_has_none(siglip: Any, tmp_path: Path) -> None:
     src = originals.write_original(siglip, tmp_path / "src", tower=False)
     tower = originals.write_tower(siglip, tmp_path / "tower")
