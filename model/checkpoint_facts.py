@@ -10,7 +10,7 @@ from typing import Any
 from model import presets
 from model.checkpoint_source import read_json
 
-FACTS, FETCHED = "afya.json", "fetched.json"  # beside an imported model, beside a fetched checkpoint
+FACTS, FETCHED = "import.json", "fetched.json"  # where a model comes from: beside an imported, a fetched one
 
 
 @dataclass(frozen=True)

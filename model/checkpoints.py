@@ -25,6 +25,7 @@ from model.checkpoint_plan import Weights, collect, complete, needs_base
 from model.checkpoint_source import CheckpointError, Reader, read_json
 from model.checkpoint_tower import TOWER_WEIGHTS, Comparison
 from model.checkpoint_writer import Piece, write
+from model.prompts import SETTINGS
 
 _ROOM = 64 * 2**20  # bytes of disk beside the weights: tokenizer, index, the file system's own
 _TYPES = ("float32", "float16", "bfloat16")
@@ -225,6 +226,7 @@ def _write(job: _Job, work: Path, pieces: list[Piece], kind: Any, facts: dict[st
     noted = {"template": facts["template"], "source": facts["source"], "tower": tower}
     noted |= {name: facts[name] for name in ("revision", "licence")}
     files.write_atomic(work / FACTS, json.dumps(noted, indent=2).encode())
+    files.write_atomic(work / SETTINGS, json.dumps({"template": facts["template"]}).encode())
     files.sync_folder(work)
 
 

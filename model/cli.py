@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from model import measure_cli
+from model import import_cli, measure_cli
 
 NOTICE = "Decision support, not a diagnosis."
 _FILE = click.Path(path_type=Path)
@@ -228,26 +228,8 @@ def memory(
     click.echo(json.dumps(report) if as_json else f"{measure_cli.table(report['results'])}\n\nWritten to {out}.")
 
 
-@main.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@plainly
-def list_(as_json: bool) -> None:
-    """List the known base models and the adapters installed in $AFYA_HOME."""
-    from model import adapters, files, presets
-
-    models = [dataclasses.asdict(preset) for preset in presets.PRESETS]
-    home = files.home()
-    current = adapters.current(home)
-    folders = sorted(p.parent.name for p in (home / "adapters").glob("*/adapter_config.json"))
-    installed = [{"name": name, "current": current is not None and current.name == name} for name in folders]
-    if as_json:
-        click.echo(json.dumps({"models": models, "adapters": installed, "home": str(home)}))
-        return
-    for preset in models:
-        click.echo(f"{preset['name']:<16} {'' if preset['supported'] else '(not in this version) '}{preset['about']}")
-    click.echo(f"\nAdapters in {home / 'adapters'}:" if installed else f"\nNo adapter is installed in {home}.")
-    for row in installed:
-        click.echo(f"{'*' if row['current'] else ' '} {row['name']}")
+for command in (import_cli.import_, import_cli.fetch, import_cli.list_):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def models() -> list[dict[str, Any]]:
 def on_this_machine(home: Path) -> list[dict[str, Any]]:
     """Imported models in `home`/models: folder name, template, source."""
     found = []
-    for path in sorted((home / "models").glob("*/afya.json")):
+    for path in sorted((home / "models").glob("*/import.json")):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

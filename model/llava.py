@@ -26,7 +26,8 @@ from model.prompts import Template
 
 BITS = (32, 16, 8, 4)
 _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_UNHASHED = ("release.json", "report.json", "training.json", "trainer_state.json")  # evidence, not the model
+# Evidence, not the model:
+_UNHASHED = ("import.json", "release.json", "report.json", "training.json", "trainer_state.json")
 KEPT = ("lm_head",)  # full names of layers, or of parts with a trailing dot, that are never quantized
 _IN_MULTIPLE, _OUT_MULTIPLE = 64, 32  # what the packed 4-bit CPU kernel of bitsandbytes takes
 
@@ -99,8 +100,8 @@ def load(
     import torch
 
     place, dtype, reason = choose(bits, device)
-    with _library_messages():
-        network, processor = _read(model, bits, place, getattr(torch, dtype))
+    with quiet_library():
+        network, processor = read(model, bits, place, getattr(torch, dtype))
     if bits < 16:
         contiguous_inputs(network)
     if train:
@@ -158,7 +159,7 @@ def _cuda_type(bits: int) -> str:
 
 
 @contextmanager
-def _library_messages() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Loading without transformers' progress bars and reports: what matters is raised as an error here."""
     from transformers.utils import logging as notices
 
@@ -172,8 +173,8 @@ def _library_messages() -> Iterator[None]:
         notices.enable_progress_bar()
 
 
-def _read(folder: Path, bits: int, device: str, dtype: Any) -> tuple[Any, Any]:
-    """Network and processor from disk; every weight must be there."""
+def read(folder: Path, bits: int, device: str, dtype: Any) -> tuple[Any, Any]:
+    """Network and processor from disk; every weight must be there. Raises ModelError."""
     from safetensors import SafetensorError
     from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
@@ -191,6 +192,25 @@ def _read(folder: Path, bits: int, device: str, dtype: Any) -> tuple[Any, Any]:
         raise ModelError(f"{folder} lacks {len(lost)} weights, first {lost[0]}; copy the whole model folder again.")
     processor.tokenizer.padding_side = "left"
     return (network if bits < 16 else network.to(device)), processor
+
+
+def empty(folder: Path) -> tuple[Any, Any]:
+    """The network without weights (on the meta device) and the processor of a folder. Raises ModelError."""
+    from transformers import AutoProcessor, LlavaConfig
+
+    try:
+        config = LlavaConfig.from_pretrained(folder, local_files_only=True)
+        return _shapes(config), AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} cannot be read as a model: {_first_line(error)}") from error
+
+
+def _shapes(config: Any) -> Any:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.device("meta"):  # of this thread alone; accelerate's empty weights patch torch for all threads
+        return LlavaForConditionalGeneration(config)
 
 
 def _first_line(error: BaseException) -> str:
@@ -217,11 +237,8 @@ def quantization(config: Any, bits: int, dtype: Any) -> Any:
 def unquantized(config: Any) -> list[str]:
     """Full names of the linear layers that keep their precision: those of `KEPT` and those whose shape does not fit."""
     import torch
-    from transformers import LlavaForConditionalGeneration
 
-    with torch.device("meta"):  # of this thread alone; accelerate's empty weights patch torch for all threads
-        empty = LlavaForConditionalGeneration(config)
-    linears = [(name, layer) for name, layer in empty.named_modules() if isinstance(layer, torch.nn.Linear)]
+    linears = [(name, layer) for name, layer in _shapes(config).named_modules() if isinstance(layer, torch.nn.Linear)]
     return [
         name
         for name, layer in linears

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from server.data_cli import data
 from server.train_cli import train
 
 _STATE = click.option(
@@ -185,4 +186,5 @@ def sentence(event: dict[str, Any]) -> str:
     return f"{str(kind).capitalize()}: {rest}"
 
 
+main.add_command(data)
 main.add_command(train)

@@ -82,9 +82,13 @@ def plot(out: Path) -> None:
 
 
 def schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate: linear warm-up, then cosine down to min_lr (Loshchilov and Hutter 2017)."""
-    warm = max(1, int(steps * recipe.optim.warmup))
-    floor = recipe.optim.min_lr / recipe.optim.lr
+    """Factor on the learning rate of a recipe."""
+    return warmup_cosine(steps, recipe.optim.warmup, recipe.optim.min_lr / recipe.optim.lr)
+
+
+def warmup_cosine(steps: int, warmup: float, floor: float) -> Callable[[int], float]:
+    """Factor on the learning rate: linear warm-up, then cosine down to `floor` (Loshchilov and Hutter 2017)."""
+    warm = max(1, int(steps * warmup))
 
     def factor(step: int) -> float:
         if step < warm:

@@ -96,7 +96,7 @@ class Recipe:
         return asdict(self)
 
 
-SECTIONS = {
+SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "optim": OptimConfig,
@@ -107,6 +107,16 @@ SECTIONS = {
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `section.key=value` overrides (TOML values). Raises `RecipeError`."""
+    return from_dict(read(path, overrides), str(path))
+
+
+def has_stage(path: Path) -> bool:
+    """Whether a recipe is one of the stages of a published model (it has a [stage]). Raises `RecipeError`."""
+    return "stage" in read(path)
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The tables of a recipe file with `section.key=value` overrides applied. Raises `RecipeError`."""
     try:
         raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -115,7 +125,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"Recipe {path} is not valid TOML: {error}.") from error
     for item in overrides:
         _override(raw, item)
-    return from_dict(raw, str(path))
+    return raw
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -130,18 +140,24 @@ def _override(raw: dict[str, Any], item: str) -> None:
     raw.setdefault(section, {})[key] = parsed
 
 
-def from_dict(raw: dict[str, Any], where: str) -> Recipe:
-    """Build a recipe from plain tables, collecting all faults. Raises `RecipeError`."""
-    faults = [f"unknown section [{name}]" for name in raw if name not in SECTIONS]
-    parts: dict[str, Any] = {}
-    for name, kind in SECTIONS.items():
+def parts(raw: dict[str, Any], sections: dict[str, type]) -> tuple[dict[str, Any], list[str]]:
+    """A dataclass for each section, and what is wrong with the names of sections and keys."""
+    faults = [f"unknown section [{name}]" for name in raw if name not in sections]
+    made: dict[str, Any] = {}
+    for name, kind in sections.items():
         values = dict(raw.get(name, {}))
         known = {item.name: item for item in fields(kind)}
         faults += [f"unknown key {name}.{key}" for key in values if key not in known]
         if name == "data" and "sources" in values:
             values["sources"] = tuple(s if isinstance(s, Source) else Source(**s) for s in values["sources"])
-        parts[name] = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known})
-    recipe = Recipe(**parts)
+        made[name] = kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known})
+    return made, faults
+
+
+def from_dict(raw: dict[str, Any], where: str) -> Recipe:
+    """Build a recipe from plain tables, collecting all faults. Raises `RecipeError`."""
+    made, faults = parts(raw, SECTIONS)
+    recipe = Recipe(**made)
     faults += _check(recipe)
     if faults:
         raise RecipeError(f"{where}: " + "; ".join(faults) + ".")

@@ -87,7 +87,7 @@ def train(
 def _start(recipe: Recipe, data: Path, out: Path, start: Path | None, teachers: tuple[Path, ...]) -> Run:
     import deepspeed
 
-    device, rank, world = _processes()
+    device, rank, world = processes()
     samples = gather(recipe.data, data)
     model, processor = _model(recipe, samples, start, teachers)
     loaded = [_teacher(path, device) for path in teachers]
@@ -116,7 +116,7 @@ def _start(recipe: Recipe, data: Path, out: Path, start: Path | None, teachers: 
     return Run(recipe, out, device, rank, world, engine, model, processor, bank, held_out, ema, loaded, names, total)
 
 
-def _processes() -> tuple[Any, int, int]:
+def processes() -> tuple[Any, int, int]:
     """Join the process group; a single process needs no launcher."""
     import deepspeed
 

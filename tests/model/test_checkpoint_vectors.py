@@ -125,7 +125,7 @@ def test_a_tower_that_differs_is_reported(imported: Any) -> None:
 
 def test_the_folder_says_what_it_is(imported: Any) -> None:
     report = imported["ckpt_tower"]
-    facts = json.loads((report.out / "afya.json").read_text())
+    facts = json.loads((report.out / "import.json").read_text())
     config = json.loads((report.out / "config.json").read_text())
     ids = json.loads((report.out / "generation_config.json").read_text())
     assert (report.template, facts["template"], report.image_tokens, report.image_token_id) == ("v1", "v1", 729, 560)

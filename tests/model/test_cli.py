@@ -103,12 +103,3 @@ def test_evaluate_prints_scores_and_names_the_report(tiny: Path, picture: Path, 
     assert "2/2" in error, "progress is shown"
     code, text, error = call("evaluate", *options, "--json")
     assert code == 0 and json.loads(text)["scores"]["rows"] == 2 and not error
-
-
-def test_list_shows_models_and_installed_adapters(tiny: Path, tmp_path: Path, afya_home: Path) -> None:
-    from model import adapters
-
-    assert "No adapter is installed" in call("list")[1]
-    name = adapters.install(afya_home, random_adapter(tiny, tmp_path / "adapter"), evidence={"round": 3})
-    assert f"* {name}" in call("list")[1]
-    assert json.loads(call("list", "--json")[1])["adapters"] == [{"name": name, "current": True}]

@@ -27,7 +27,7 @@ def test_fetch_then_import_keeps_where_it_came_from(tmp_path: Path) -> None:
     code, out, error = call(import_cli.import_, tmp_path / "raw", "--out", tmp_path / "model", "--tower", tower)
     assert code == 0 and "template v1" in out and "a picture is 4 tokens" in out and "100%" in error
     assert "equal to the tower's folder" in out
-    facts = json.loads((tmp_path / "model" / "afya.json").read_text())
+    facts = json.loads((tmp_path / "model" / "import.json").read_text())
     assert facts["source"] == "source" and len(facts["revision"]) == 64
     code, out, error = call(
         import_cli.import_, source, "--out", tmp_path / "second", "--tower", tower, "--template", "llava_v1", "--json"
@@ -52,7 +52,7 @@ def test_list_shows_presets_models_and_adapters(tiny: Path, tmp_path: Path, afya
     assert "No adapter is installed" in out and "not pinned yet" in out and "15.13" in out and "729" not in out
     name = adapters.install(afya_home, random_adapter(tiny, tmp_path / "adapter"), evidence={"round": 3})
     (afya_home / "models" / "mine").mkdir(parents=True)
-    (afya_home / "models" / "mine" / "afya.json").write_text('{"template": "v1", "source": "somewhere"}')
+    (afya_home / "models" / "mine" / "import.json").write_text('{"template": "v1", "source": "somewhere"}')
     out = call(import_cli.list_)[1]
     assert f"* {name}" in out and "imported from somewhere, template v1" in out
     facts = json.loads(call(import_cli.list_, "--json")[1])
