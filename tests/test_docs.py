@@ -59,14 +59,14 @@ def test_the_tree_in_the_readme_is_the_real_one() -> None:
 
 
 def commands_in_documents() -> set[tuple[str, ...]]:
-    """(program, subcommand or "", options used) of every afya command in a code block or between back quotes."""
+    """(program, subcommand ("data build" of a group) or "", options used) of every afya command in a code block or between back quotes."""
     found = set()
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         for block, inline in re.findall(r"```(?:sh|bash)\n(.*?)```|`([^`\n]+)`", text, re.S):
             for line in (block or inline).splitlines():
                 if match := re.match(
-                    r"\s*(?:\.venv/bin/)?(afya-(?:model|server|client|kiosk))\b(?: ([a-z][a-z-]+))?(.*)", line
+                    r"\s*(?:\.venv/bin/)?(afya-(?:model|server|client|kiosk))\b(?: ((?:data )?[a-z][a-z-]+))?(.*)", line
                 ):
                     found.add((match[1], match[2] or "", *re.findall(r"--[a-z][a-z-]*", match[3].split("#")[0])))
     return found
@@ -75,7 +75,7 @@ def commands_in_documents() -> set[tuple[str, ...]]:
 def test_every_command_of_the_documents_exists_with_its_options() -> None:
     wrong = []
     for program, name, *options in sorted(commands_in_documents()):
-        done = run_help(program, *[name] * bool(name))
+        done = run_help(program, *name.split())
         unknown = [option for option in options if option not in done.stdout]
         if done.returncode or unknown:
             wrong.append(" ".join([program, name, *unknown]))
