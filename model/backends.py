@@ -8,19 +8,21 @@ right. Not covered: queueing of several callers (`kiosk.inference`), ONNX, sampl
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from model import attach, decode, llava, memory
-from model.prompts import encode
+from model import attach, llava, memory
 
+if TYPE_CHECKING:
+    from model.batching import TorchBatch
+
+KEEP_BYTES = 256 * 2**20  # keys and values kept of conversations: seven on a 1.5B model in float32
 _BUSY_SECONDS = 120  # how long an adapter swap waits for the answers in progress
 
 
@@ -30,12 +32,16 @@ class RequestRefused(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one picture: RGB uint8 (H, W, 3), the earlier turns as (question, answer) pairs."""
+    """One question about one picture: RGB uint8 (H, W, 3), the earlier turns as (question, answer) pairs.
+
+    `reliance` asks for one more pass, with the picture blanked, to see whether the answer depends on it.
+    """
 
     image: np.ndarray
     question: str
     history: tuple[tuple[str, str], ...] = ()
     max_new_tokens: int = 64
+    reliance: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,11 @@ class Token:
 class Answer:
     """A finished answer and how it came about.
 
-    `tokens` counts the chosen tokens with the end mark; `seconds` and `first_token_seconds` run from the start of the
-    batch, picture included; `peak_bytes` is the batch's (see `model.memory`). `finish_reason` is "stop" or "length";
-    `dropped_turns` counts the oldest earlier turns that did not fit any more. `image_reliant` is not known yet (None).
+    `tokens` counts the chosen tokens with the end mark; `seconds` and `first_token_seconds` run from the moment that
+    the request joined, picture included; `peak_bytes` is the batch's (see `model.memory`). `finish_reason` is "stop"
+    or "length"; `dropped_turns` counts the oldest earlier turns that did not fit any more. `reliance` is a mark of
+    `model.reliance`, `reliance_nats` the number behind it, `reliance_seconds` what the extra pass took beside
+    `seconds`; `image_reliant` is True, False, or None where the mark is "unsure" or was not asked for.
     """
 
     text: str
@@ -71,6 +79,9 @@ class Answer:
     adapter_sha256: str | None
     finish_reason: str
     dropped_turns: int = 0
+    reliance: str | None = None
+    reliance_nats: float | None = None
+    reliance_seconds: float = 0.0
 
 
 class Backend(Protocol):
@@ -93,36 +104,43 @@ class Backend(Protocol):
         """Answer with this adapter from now on; None is the bare base model."""
 
 
-@dataclass
-class _Row:
-    """What is known so far about the answer to one request."""
-
-    ids: list[int] = field(default_factory=list)
-    probability: float = 1.0
-    told: str = ""
-    first: float = 0.0
-    dropped: int = 0
-
-
 class TorchBackend:
-    """PyTorch on a CPU or CUDA device, weights at 32, 16, 8 or 4 bits, the adapter unmerged and swappable."""
+    """PyTorch on a CPU or CUDA device, weights at 32, 16, 8 or 4 bits, the adapter unmerged and swappable.
+
+    Keys and values of the last conversations are kept (`keep_bytes`, 0 for none), so that a question about a picture
+    seen before computes only its new tokens.
+    """
 
     name = "torch"
 
-    def __init__(self, model: Path, bits: int, adapter: Path | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        bits: int,
+        adapter: Path | None = None,
+        device: str | None = None,
+        *,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
         """Load the model folder; raises ModelError or AdapterRejected with one plain sentence."""
-        self._setup(llava.load(model, bits, adapter=adapter, device=device))
+        self._setup(llava.load(model, bits, adapter=adapter, device=device), keep_bytes)
 
     @classmethod
-    def wrap(cls, loaded: llava.Loaded) -> TorchBackend:
-        """A backend around a model that is loaded already (one being trained, say)."""
+    def wrap(cls, loaded: llava.Loaded, *, keep_bytes: int = 0) -> TorchBackend:
+        """A backend around a loaded model. Keep nothing (the default) of one being trained: its weights change."""
         self = cls.__new__(cls)
-        self._setup(loaded)
+        self._setup(loaded, keep_bytes)
         return self
 
-    def _setup(self, loaded: llava.Loaded) -> None:
+    def _setup(self, loaded: llava.Loaded, keep_bytes: int) -> None:
+        from model.prefix_cache import PrefixCache
+
         self.loaded = loaded
-        self._lock = threading.Lock()
+        self.kept = PrefixCache(keep_bytes)
+        self._lock = threading.RLock()  # held while something is computed
+        self._free = threading.Condition()
+        self._open = 0  # batches that are open: the adapter stays as it is until they are closed
+        self._banned: list[int] | None = None
 
     @property
     def reason(self) -> str:
@@ -144,114 +162,69 @@ class TorchBackend:
 
         Waits for the answers in progress. An adapter that is refused leaves the former one answering.
         """
-        if not self._lock.acquire(timeout=_BUSY_SECONDS):
-            raise RequestRefused(f"The model was busy for {_BUSY_SECONDS} seconds; install the adapter again later.")
+        with self._free:
+            if not self._free.wait_for(lambda: not self._open, timeout=_BUSY_SECONDS):
+                raise RequestRefused(f"The model was busy for {_BUSY_SECONDS} seconds; install the adapter later.")
+            with self._lock:
+                try:
+                    self.loaded = attach.swap(self.loaded, folder)
+                finally:
+                    self.kept.clear()
+
+    def prepare(self, image: np.ndarray) -> None:
+        """Compute what every question about this picture needs, before one is asked. Raises RequestRefused."""
+        from model.batching import TorchBatch, check
+
+        request = Request(image, "-", max_new_tokens=1)
+        check(request, 0)
+        if self.kept.limit:
+            with contextlib.closing(self.open_batch()) as batch:
+                assert isinstance(batch, TorchBatch)
+                batch.prepare(request)
+
+    def open_batch(self, keep: bool = True) -> TorchBatch:
+        """A batch that requests may join and leave at any token; `keep`: use what is kept of earlier questions."""
+        from model.batching import TorchBatch
+
+        with self._free:
+            self._open += 1
         try:
-            self.loaded = attach.swap(self.loaded, folder)
-        finally:
-            self._lock.release()
+            return TorchBatch(self, keep)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """A batch was closed."""
+        with self._free:
+            self._open -= 1
+            self._free.notify_all()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """The model for this thread alone, in eval mode."""
+        from model.batching import evaluating
+
+        with self._lock, evaluating(self.loaded.model):
+            yield
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Token | tuple[int, Answer]]:
         """Answer the requests as one batch: `Token`s as they come, `(index, Answer)` for each when it is finished.
 
-        Raises RequestRefused before anything is computed. The backend is busy until the iterator is used up or closed.
+        Raises RequestRefused before anything is computed. A single request uses and extends what is kept of earlier
+        ones, several do not. The adapter is not swapped before the iterator is used up or closed.
         """
-        for number, request in enumerate(requests):
-            _check(request, number)
-        with self._lock, _evaluating(self.loaded.model):
-            if requests:
-                yield from self._answer(requests)
+        if not requests:
+            return
+        with contextlib.closing(self.open_batch(keep=len(requests) == 1)) as batch:
+            batch.add(list(enumerate(requests)))
+            while batch.active:
+                yield from batch.step()
 
-    def _answer(self, requests: Sequence[Request]) -> Iterator[Token | tuple[int, Answer]]:
-        loaded, core = self.loaded, self.loaded.core
-        began = time.perf_counter()
-        memory.start(loaded.device)
-        features, owners = decode.encode_pictures(core, loaded.processor, [r.image for r in requests])
-        rows = [_Row() for _ in requests]
-        prompts = [self._prompt(r, int(features.shape[1]), row) for r, row in zip(requests, rows, strict=True)]
-        limits = [request.max_new_tokens for request in requests]
-        for steps in decode.greedy(core, features, owners, prompts, limits, self._never()):
-            now = time.perf_counter() - began
-            for step in steps:
-                row = rows[step.index]
-                row.probability *= step.probability
-                row.first = row.first or now
-                row.ids.append(step.token)
-                piece = self._piece(row, final=bool(step.finished))
-                if piece:
-                    yield Token(step.index, piece)
-                if step.finished:
-                    yield step.index, self._finish(row, now, step.finished)
-
-    def _prompt(self, request: Request, image_tokens: int, row: _Row) -> list[int]:
-        """Token ids of a request; the oldest turns are left out where all would not fit."""
-        room = self.loaded.core.config.text_config.max_position_embeddings - request.max_new_tokens
-        turns = [*request.history, (request.question, "")]
-        while True:
-            ids, _ = encode(self.loaded.processor.tokenizer, self.loaded.template, turns, image_tokens, None)
-            if len(ids) <= room:
-                return ids
-            if len(turns) == 1:
-                raise RequestRefused(f"The question is too long: {len(ids)} tokens, at most {room} fit; shorten it.")
-            turns, row.dropped = turns[1:], row.dropped + 1
-
-    def _never(self) -> list[int]:
+    def banned_ids(self) -> list[int]:
         """Ids that are no text of an answer: the image mark, the template's markers, and the table's padding."""
-        tokenizer, config = self.loaded.processor.tokenizer, self.loaded.core.config
-        return [
-            config.image_token_id,
-            *tokenizer.all_special_ids,
-            *range(len(tokenizer), config.text_config.vocab_size),
-        ]
-
-    def _piece(self, row: _Row, final: bool) -> str:
-        """What can be shown now that could not before; a character still incomplete waits for its other bytes."""
-        text = self.loaded.processor.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
-        if text.endswith("\ufffd") and not final:
-            return ""
-        piece, row.told = text[len(row.told) :], text
-        return piece
-
-    def _finish(self, row: _Row, seconds: float, why: str) -> Answer:
-        loaded = self.loaded
-        return Answer(
-            text=row.told,
-            confidence=row.probability,
-            image_reliant=None,
-            tokens=len(row.ids),
-            seconds=seconds,
-            first_token_seconds=row.first,
-            peak_bytes=memory.stop(loaded.device),
-            backend=self.name,
-            reason=loaded.reason,
-            bits=loaded.bits,
-            device=loaded.device,
-            model_id=loaded.path.name,
-            base_sha256=loaded.base_sha256,
-            adapter_sha256=loaded.adapter_sha256,
-            finish_reason=why,
-            dropped_turns=row.dropped,
-        )
-
-
-@contextmanager
-def _evaluating(network: Any) -> Iterator[None]:
-    """No dropout while answering; a network that was in training goes back to it."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
-
-
-def _check(request: Request, number: int) -> None:
-    image = request.image
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise RequestRefused(
-            f"Request {number} has no picture as RGB bytes (height, width, 3); decode the image first."
-        )
-    if not request.question.strip():
-        raise RequestRefused(f"Request {number} asks nothing; write a question.")
-    if request.max_new_tokens < 1:
-        raise RequestRefused(f"Request {number} allows no answer; max_new_tokens must be at least 1.")
+        if self._banned is None:
+            tokenizer, config = self.loaded.processor.tokenizer, self.loaded.core.config
+            rest = range(len(tokenizer), config.text_config.vocab_size)
+            self._banned = [config.image_token_id, *tokenizer.all_special_ids, *rest]
+        return self._banned

@@ -1,16 +1,20 @@
-"""Greedy decoding of a padded batch with a key-value cache: the loop under `model.backends`.
+"""Greedy decoding of a batch with a key-value cache, where rows may join and leave at any position.
 
-A picture asked about several times is encoded once. Rows that are finished leave the batch. No sampling and no beams:
-the same question gives the same answer.
+A `Batch` holds rows of different length and age: the caches are padded on the left, masks hide the padding, positions
+skip it. A row that joins brings the keys and values of its first tokens (`heads` computes those of the picture, once
+for each), so only the rest of its prompt is computed. No sampling and no beams: the same question gives the same
+answer. Not covered: which keys and values are kept for later (`model.prefix_cache`), text (`model.batching`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+Layers = list[tuple[Any, Any]]  # keys and values of each decoder layer, (rows, heads, tokens, width)
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,14 @@ class Step:
     finished: str
 
 
-@dataclass
-class Rows:
-    """The rows still being decoded: which they are, their mask (rows, length), cache, and the last hidden states."""
+@dataclass(frozen=True)
+class Row:
+    """A prompt to answer with at most `limit` tokens; `prefix` holds its first tokens, never all, for one row."""
 
-    active: list[int]
-    mask: Any
-    cache: Any
-    hidden: Any
-    taken: list[int] = field(default_factory=list)
+    index: int
+    prompt: Sequence[int]
+    limit: int
+    prefix: Layers
 
 
 def encode_pictures(core: Any, processor: Any, pictures: Sequence[np.ndarray]) -> tuple[Any, list[int]]:
@@ -57,39 +60,7 @@ def _type(core: Any) -> Any:
     return core.get_input_embeddings().weight.dtype
 
 
-def greedy(
-    core: Any,
-    features: Any,
-    owners: Sequence[int],
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    banned: Sequence[int],
-) -> Iterator[list[Step]]:
-    """Decode all prompts together, yielding after each position the tokens chosen for the rows still active.
-
-    `features[owners[i]]` replaces the image tokens of `prompts[i]`; row i ends with its end-of-sequence token or after
-    `limits[i]` tokens. `banned` ids are never chosen, ending ones excepted. Between two positions the caller is in its
-    own gradient mode.
-    """
-    rows = _prefill(core, features, owners, prompts)
-    ends = _ends(core)
-    never = sorted(set(banned) - ends)
-    while True:
-        tokens, probabilities = _choose(core, rows.hidden, never)
-        steps, keep = [], []
-        for place, index in enumerate(rows.active):
-            rows.taken[index] += 1
-            why = "stop" if tokens[place] in ends else "length" if rows.taken[index] >= limits[index] else ""
-            steps.append(Step(index, tokens[place], probabilities[place], why))
-            if not why:
-                keep.append(place)
-        yield steps
-        if not keep:
-            return
-        _advance(core, rows, keep, [tokens[place] for place in keep])
-
-
-def _ends(core: Any) -> set[int]:
+def end_ids(core: Any) -> set[int]:
     """Ids that end an answer."""
     ends = core.generation_config.eos_token_id
     if ends is None:
@@ -97,73 +68,195 @@ def _ends(core: Any) -> set[int]:
     return set(ends) if isinstance(ends, (list, tuple)) else {ends}
 
 
-def _prefill(core: Any, features: Any, owners: Sequence[int], prompts: Sequence[Sequence[int]]) -> Rows:
-    """Run the decoder over the prompts once: the part up to the picture once for each picture, then each row's rest.
+def head_length(core: Any, prompt: Sequence[int]) -> int:
+    """How many ids of a prompt go up to the last image token; these are the same for all prompts of one template."""
+    return len(prompt) - list(reversed(prompt)).index(core.config.image_token_id)
 
-    The rests are padded on the left, so the last position of every row is its last token. Between picture and rest
-    the mask has a gap, the positions have none.
-    """
+
+def heads(core: Any, features: Any, head: Sequence[int]) -> Layers:
+    """Keys and values of `head` (the ids up to the last image token) for each picture of `features`, one a row."""
     import torch
-    from transformers import DynamicCache
 
-    head = _shared_head(core, prompts)
-    rests = [list(prompt[len(head) :]) for prompt in prompts]
-    length = max(map(len, rests))
-    pad = core.config.text_config.pad_token_id or 0
     with torch.no_grad():
-        table, device = core.get_input_embeddings(), core.device
-        places = torch.tensor(list(owners), device=device)
-        ids = torch.tensor([head] * len(features), device=device)
+        ids = torch.tensor([list(head)] * len(features), device=core.device)
         where = (ids == core.config.image_token_id).unsqueeze(-1)
-        embedded = table(ids)
-        cache = DynamicCache(config=core.config.text_config)
-        _decoder(core, embedded.masked_scatter(where, features.to(embedded)), torch.ones_like(ids), cache)
-        cache.batch_select_indices(places)
-        ids = torch.tensor([[pad] * (length - len(rest)) + rest for rest in rests], device=device)
-        mask = torch.tensor([[0] * (length - len(rest)) + [1] * len(rest) for rest in rests], device=device)
-        mask = torch.cat([mask.new_ones(len(rests), len(head)), mask], 1)
-        hidden = _decoder(core, table(ids), mask, cache)
-    return Rows(list(range(len(prompts))), mask, cache, hidden, [0] * len(prompts))
+        embedded = core.get_input_embeddings()(ids)
+        cache = _cache([])
+        states(core, embedded.masked_scatter(where, features.to(embedded)), torch.ones_like(ids), cache)
+    return _layers(cache)
 
 
-def _shared_head(core: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The ids up to the last image token, which are the same for all prompts of one template."""
-    heads = {tuple(p[: len(p) - list(reversed(p)).index(core.config.image_token_id)]) for p in prompts}
-    if len(heads) != 1:
-        raise ValueError("prompts of one batch must begin alike up to the picture")
-    return list(heads.pop())
+def after(core: Any, prefix: Layers, ids: Sequence[int]) -> Any:
+    """Hidden states (tokens, hidden) of `ids` after the tokens of `prefix`, which is one row; keeps nothing."""
+    import torch
+
+    with torch.no_grad():
+        embedded = core.get_input_embeddings()(torch.tensor([list(ids)], device=core.device))
+        mask = torch.ones(1, length(prefix) + len(ids), dtype=torch.long, device=core.device)
+        return states(core, embedded, mask, _cache(prefix))[0]
 
 
-def _decoder(core: Any, embedded: Any, mask: Any, cache: Any) -> Any:
-    """Hidden state (rows, hidden) of the last position after running `embedded` (rows, new, hidden) on the cache."""
+def states(core: Any, embedded: Any, mask: Any, cache: Any) -> Any:
+    """Hidden states (rows, new, hidden) of the last layer after running `embedded` (rows, new, hidden) on the cache."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -embedded.shape[1] :]
     found = core.model.language_model(
         inputs_embeds=embedded, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )
-    return found.last_hidden_state[:, -1]
+    return found.last_hidden_state
 
 
-def _choose(core: Any, hidden: Any, banned: list[int]) -> tuple[list[int], list[float]]:
-    """The likeliest allowed token of each row and its probability among the allowed ones."""
+def length(layers: Layers) -> int:
+    """How many tokens the layers hold."""
+    return int(layers[0][0].shape[2])
+
+
+def cut(layers: Layers, start: int, stop: int, row: int | None = None) -> Layers:
+    """The tokens `start` to `stop` of one row, or of all, without copying them."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    return [(keys[rows, :, start:stop], values[rows, :, start:stop]) for keys, values in layers]
+
+
+def _cache(layers: Layers) -> Any:
+    """A cache of transformers around the layers. Nothing is written into their tensors: it grows by copying."""
+    from transformers import DynamicCache
+
+    return DynamicCache(ddp_cache_data=layers) if layers else DynamicCache()
+
+
+def _layers(cache: Any) -> Layers:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _padded(tensor: Any, columns: int) -> Any:
+    """A cache tensor (or a mask) with `columns` more tokens of zeros in front."""
     import torch
 
-    with torch.no_grad():
-        scores = core.lm_head(hidden).float()
-        scores[:, banned] = -torch.inf
-        best = scores.softmax(-1).max(-1)
-    return best.indices.tolist(), best.values.tolist()
+    sides = (0, 0, columns, 0) if tensor.dim() == 4 else (columns, 0)
+    return torch.nn.functional.pad(tensor, sides) if columns else tensor
 
 
-def _advance(core: Any, rows: Rows, keep: list[int], tokens: list[int]) -> None:
-    """Drop the finished rows, append one token to the others and run the decoder on it."""
-    import torch
+class Batch:
+    """Rows decoded together. `banned` ids are never chosen, ending ones excepted."""
 
-    with torch.no_grad():
-        if len(keep) < len(rows.active):
-            places = torch.tensor(keep, device=core.device)
-            rows.cache.batch_select_indices(places)
-            rows.mask = rows.mask[places]
-            rows.active = [rows.active[place] for place in keep]
-        rows.mask = torch.cat([rows.mask, rows.mask.new_ones(len(keep), 1)], 1)
-        embedded = core.get_input_embeddings()(torch.tensor(tokens, device=core.device).unsqueeze(1))
-        rows.hidden = _decoder(core, embedded, rows.mask, rows.cache)
+    def __init__(self, core: Any, banned: Sequence[int]) -> None:
+        """An empty batch on a LlavaForConditionalGeneration in eval mode."""
+        import torch
+
+        self._core, self._ends = core, end_ids(core)
+        self._never = torch.tensor(sorted(set(banned) - self._ends), dtype=torch.long, device=core.device)
+        self._active: list[int] = []  # which row lies in which line of the tensors below
+        self._tokens: dict[int, int | None] = {}  # rows that go on, each with its token still to be run
+        self._left: dict[int, int] = {}
+        self._mask: Any = None
+        self._cache: Any = None
+        self._hidden: Any = None  # last hidden state of each line
+
+    @property
+    def rows(self) -> int:
+        """How many rows are still being decoded."""
+        return len(self._tokens)
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Compute what is left of the rows' prompts, as one padded batch, and decode them with the others from now."""
+        import torch
+
+        if not rows:
+            return
+        with torch.no_grad():
+            self._catch_up()
+            mask, cache, hidden = self._prefill(rows)
+            if self._active:
+                wide, old = mask.shape[1], self._mask.shape[1]
+                more, less = max(0, old - wide), max(0, wide - old)
+                pairs = zip(_layers(self._cache), _layers(cache), strict=True)
+                merged = [
+                    tuple(torch.cat([_padded(a, less), _padded(b, more)]) for a, b in zip(mine, theirs, strict=True))
+                    for mine, theirs in pairs
+                ]
+                cache = _cache(merged)
+                mask = torch.cat([_padded(self._mask, less), _padded(mask, more)])
+                hidden = torch.cat([self._hidden, hidden])
+        self._mask, self._cache, self._hidden = mask, cache, hidden
+        for row in rows:
+            self._active.append(row.index)
+            self._tokens[row.index], self._left[row.index] = None, row.limit
+
+    def step(self) -> list[Step]:
+        """Choose one token for every row; a row that ends here leaves by itself."""
+        import torch
+
+        with torch.no_grad():
+            self._catch_up()
+            if not self._active:
+                return []
+            scores = self._core.lm_head(self._hidden).float()
+            scores[:, self._never] = -torch.inf
+            best = scores.softmax(-1).max(-1)
+        steps = []
+        for index, token, probability in zip(self._active, best.indices.tolist(), best.values.tolist(), strict=True):
+            self._left[index] -= 1
+            why = "stop" if token in self._ends else "length" if self._left[index] <= 0 else ""
+            steps.append(Step(index, token, probability, why))
+            self._tokens[index] = token
+            if why:
+                del self._tokens[index]
+        return steps
+
+    def leave(self, index: int) -> None:
+        """Stop decoding a row; a row that has ended or never joined is no error."""
+        self._tokens.pop(index, None)
+
+    def layers(self, index: int) -> Layers:
+        """Keys and values of a row's prompt and answer, its last token excepted; until the next `step` or `join`."""
+        place = self._active.index(index)
+        real = self._mask[place].bool()
+        return [(k[place : place + 1, :, real], v[place : place + 1, :, real]) for k, v in _layers(self._cache)]
+
+    def _prefill(self, rows: Sequence[Row]) -> tuple[Any, Any, Any]:
+        """Mask, cache and last hidden states of rows that join; both parts of a row are padded on the left."""
+        import torch
+
+        core = self._core
+        held = [length(row.prefix) for row in rows]
+        rests = [list(row.prompt[count:]) for row, count in zip(rows, held, strict=True)]
+        most, longest = max(held), max(map(len, rests))
+        padded = [[[_padded(part, most - length(row.prefix)) for part in pair] for pair in row.prefix] for row in rows]
+        first = [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in zip(*padded, strict=True)]
+        pad = core.config.text_config.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=core.device)
+        mask = [
+            [0] * (most - count) + [1] * count + [0] * (longest - len(rest)) + [1] * len(rest)
+            for count, rest in zip(held, rests, strict=True)
+        ]
+        cache, seen = _cache(first), torch.tensor(mask, device=core.device)
+        return seen, cache, states(core, core.get_input_embeddings()(ids), seen, cache)[:, -1]
+
+    def _catch_up(self) -> None:
+        """Drop the rows that ended and run the tokens that were chosen but not run yet."""
+        import torch
+
+        keep = [place for place, index in enumerate(self._active) if index in self._tokens]
+        if len(keep) < len(self._active):
+            self._select(keep)
+        waiting = [self._tokens[index] for index in self._active]
+        if not waiting or waiting[0] is None:  # empty, or nothing chosen since they joined
+            return
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(waiting), 1)], 1)
+        embedded = self._core.get_input_embeddings()(torch.tensor(waiting, device=self._core.device).unsqueeze(1))
+        self._hidden = states(self._core, embedded, self._mask, self._cache)[:, -1]
+        self._tokens = dict.fromkeys(self._tokens)
+
+    def _select(self, keep: list[int]) -> None:
+        """Keep these lines and cut off the columns in front that none of them uses."""
+        import torch
+
+        self._active = [self._active[place] for place in keep]
+        self._left = {index: self._left[index] for index in self._active}
+        if not keep:
+            self._mask = self._cache = self._hidden = None
+            return
+        places = torch.tensor(keep, device=self._core.device)
+        self._mask, self._hidden = self._mask[places], self._hidden[places]
+        start = int(self._mask.any(0).int().argmax())
+        kept = [(keys[places][:, :, start:], values[places][:, :, start:]) for keys, values in _layers(self._cache)]
+        self._mask, self._cache = self._mask[:, start:], _cache(kept)

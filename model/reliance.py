@@ -34,6 +34,11 @@ def judge(nats: float) -> Reliance:
     return Reliance("not image-reliant" if nats <= NOT_RELIANT else "unsure", nats)
 
 
+def flag(mark: str | None) -> bool | None:
+    """The mark as `Answer.image_reliant`: True, False, or None for "unsure" and for no mark."""
+    return {"image-reliant": True, "not image-reliant": False}.get(mark or "")
+
+
 def blank(picture: np.ndarray) -> np.ndarray:
     """Uniform grey of the same shape as `picture`, uint8 (H, W, 3)."""
     return np.full_like(picture, GREY)
@@ -50,7 +55,7 @@ def log_probabilities(
     """log p(answer | picture, prompt) of each row in one forward pass, without sampling.
 
     `prompts` hold the picture's tokens, `answers` the chosen ids with the end mark; `banned` ids have no probability,
-    ending ones excepted, as in `model.decode.greedy`. Rows may differ in length.
+    ending ones excepted, as in `model.decode.Batch`. Rows may differ in length.
     """
     import torch
 
@@ -77,12 +82,21 @@ def log_probabilities(
         ]
 
 
+def continued(core: Any, prefix: Any, prompt: Sequence[int], answer: Sequence[int], banned: Sequence[int]) -> float:
+    """log p(answer | prompt), where `prefix` holds keys and values of the first tokens of the prompt, never of all."""
+    from model import decode
+
+    rest = [*prompt[decode.length(prefix) :], *answer[:-1]]
+    return _one(core, decode.after(core, prefix, rest)[-len(answer) :], answer, banned)
+
+
 def _one(core: Any, hidden: Any, answer: Sequence[int], banned: Sequence[int]) -> float:
     import torch
 
     from model import decode
 
-    scores = core.lm_head(hidden).float()
-    scores[:, sorted(set(banned) - decode._ends(core))] = -torch.inf
-    chosen = scores.log_softmax(-1).gather(1, torch.tensor(list(answer), device=scores.device).unsqueeze(1))
+    with torch.no_grad():
+        scores = core.lm_head(hidden).float()
+        scores[:, sorted(set(banned) - decode.end_ids(core))] = -torch.inf
+        chosen = scores.log_softmax(-1).gather(1, torch.tensor(list(answer), device=scores.device).unsqueeze(1))
     return float(chosen.sum())

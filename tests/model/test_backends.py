@@ -27,15 +27,15 @@ def answers(backend: TorchBackend, requests: list[Request]) -> list[Answer]:
 def chosen(backend: TorchBackend, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids behind the answers."""
     ids: list[list[int]] = [[] for _ in requests]
-    plain = decode.greedy
+    plain = decode.Batch.step
 
-    def noting(*args: Any) -> Any:
-        for steps in plain(*args):
-            for step in steps:
-                ids[step.index].append(step.token)
-            yield steps
+    def noting(self: decode.Batch) -> list[decode.Step]:
+        steps = plain(self)
+        for step in steps:
+            ids[step.index].append(step.token)
+        return steps
 
-    monkeypatch.setattr(decode, "greedy", noting)
+    monkeypatch.setattr(decode.Batch, "step", noting)
     answers(backend, requests)
     monkeypatch.undo()
     return ids
@@ -62,7 +62,7 @@ def test_tokens_are_those_of_transformers_generate(exact: TorchBackend, monkeypa
             **inputs,
             max_new_tokens=6,
             do_sample=False,
-            suppress_tokens=sorted(set(exact._never()) - {processor.tokenizer.eos_token_id}),
+            suppress_tokens=sorted(set(exact.banned_ids()) - {processor.tokenizer.eos_token_id}),
         )
         assert out[0, inputs["input_ids"].shape[1] :].tolist() == ids
 
@@ -104,7 +104,7 @@ def test_confidence_is_the_probability_of_exactly_this_answer(
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with torch.no_grad():
         scores = core(**inputs).logits[0, prompt - 1 : -1].float()
-    scores[:, sorted(set(exact._never()) - {processor.tokenizer.eos_token_id})] = -torch.inf
+    scores[:, sorted(set(exact.banned_ids()) - {processor.tokenizer.eos_token_id})] = -torch.inf
     expected = scores.log_softmax(-1)[range(len(ids)), ids].sum().exp().item()
     assert answers(exact, [request])[0].confidence == pytest.approx(expected, rel=1e-3, abs=0)
 

@@ -24,7 +24,7 @@ def asked(backend: TorchBackend, pictures: list[np.ndarray], questions: list[str
     answers = [found[number] for number in range(len(requests))]
     prompts = [encode(tokenizer, AFYA, [(q, "")], core.config.image_seq_length, None)[0] for q in questions]
     ids = [[*tokenizer(a.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for a in answers]
-    given = (prompts, ids, backend._never())
+    given = (prompts, ids, backend.banned_ids())
     real = reliance.log_probabilities(core, backend.loaded.processor, pictures, *given)
     grey = reliance.log_probabilities(core, backend.loaded.processor, [reliance.blank(p) for p in pictures], *given)
     return [(math.log(a.confidence), r, g) for a, r, g in zip(answers, real, grey, strict=True)]
