@@ -59,7 +59,10 @@ def test_the_tree_in_the_readme_is_the_real_one() -> None:
 
 
 def commands_in_documents() -> set[tuple[str, ...]]:
-    """(program, subcommand ("data build" of a group) or "", options used) of every afya command in a code block or between back quotes."""
+    """(program, subcommand or "", options used) of every afya command in a code block or between back quotes.
+
+    The subcommand of a group is two words, as in "data build".
+    """
     found = set()
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
