@@ -1,0 +1,41 @@
+"""Open the backend that fits a folder: ONNX Runtime for one written by `afya-model quantize`, PyTorch for any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model import manifest
+from model.llava import ModelError
+
+if TYPE_CHECKING:
+    from model.backends import TorchBackend
+    from model.onnx_backend import OnnxBackend
+
+
+def open_backend(
+    folder: Path, bits: int | None = None, adapter: Path | None = None, device: str | None = None
+) -> TorchBackend | OnnxBackend:
+    """A loaded backend; `bits` None: those of a quantized folder, else 4. Raises ModelError or AdapterRejected.
+
+    Asking a quantized folder for other bits than it has is an error, not a silent change.
+    """
+    if not manifest.is_quantized(folder):
+        from model.backends import TorchBackend
+
+        return TorchBackend(folder, 4 if bits is None else bits, adapter, device)
+    facts = manifest.read(folder)
+    if bits is not None and bits != facts.get("bits"):
+        raise ModelError(f"{folder} was quantized to {facts.get('bits')} bits, not {bits}; leave out --bits.")
+    if facts.get("backend") != "onnx":
+        raise ModelError(f"{folder} was quantized for {facts.get('backend')}, which this version cannot open.")
+    from model.onnx_backend import OnnxBackend
+
+    return OnnxBackend(folder, adapter, device)
+
+
+def why(folder: Path) -> str:
+    """Why a folder is opened with the backend it is opened with, in one sentence."""
+    if manifest.is_quantized(folder):
+        return "The folder was quantized for ONNX Runtime, so the onnx backend answers."
+    return "The folder holds plain weights, so PyTorch quantizes them while it loads and the torch backend answers."
