@@ -75,11 +75,11 @@ def _start(
     import deepspeed
 
     conversations, report = read_conversations(data, images)
-    check_rows(conversations, data)
     say = _say if rank == 0 else _silent
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     empty, processor = stage_model.open_empty(start)
     tokens = int(empty.config.image_seq_length)
+    check_rows(conversations, data, tokens, recipe.stage.max_length)
     rows = Rows(conversations, processor, template_of(start), tokens, recipe.stage.max_length)
     empty, found = stage_model.choose_trainable(empty, recipe.stage)
     trained, total = (sum(pair[side] for pair in found.values()) for side in (0, 1))

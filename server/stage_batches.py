@@ -128,7 +128,11 @@ def loader(rows: Rows, batches: Sequence[Sequence[int]], settings: dict[str, Any
     return iter(made)
 
 
-def check_rows(conversations: Sequence[Conversation], where: Path) -> None:
-    """Raise DataError when there is nothing to train on."""
+def check_rows(conversations: Sequence[Conversation], where: Path, image_tokens: int, longest: int) -> None:
+    """Raise DataError when there is nothing to train on, or rows are cut before their question."""
+    if longest <= image_tokens:
+        raise DataError(
+            f"stage.max_length is {longest}, and a picture alone takes {image_tokens} tokens of this model; raise it."
+        )
     if not conversations:
         raise DataError(f"{where} has no usable row; run `afya-server data check {where}` to see why.")

@@ -33,7 +33,8 @@ class StageObjective(nn.Module):
             inputs_embeds=flat.view(rows, length, width), attention_mask=None, use_cache=False
         ).last_hidden_state
         logits = core.lm_head(hidden.flatten(0, 1)[batch["places"]]).float()
-        return nn.functional.cross_entropy(logits, batch["targets"])
+        total = nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
+        return total / max(1, len(batch["targets"]))  # a batch whose answers were all cut off teaches nothing
 
     def _pictures(self, core: Any, pixels: torch.Tensor) -> torch.Tensor:
         """Projected features (pictures, tokens, width); frozen parts need no gradient, so they keep no activations."""

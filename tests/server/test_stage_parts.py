@@ -89,6 +89,18 @@ def test_a_batch_without_pictures_still_runs_the_tower(tiny: Path) -> None:
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
 
 
+def test_a_batch_without_labels_teaches_nothing(tiny: Path) -> None:
+    from server.stage_model import open_model
+    from server.stage_objective import StageObjective
+
+    model, _ = open_model(tiny, "float32")
+    batch = tensors([Row([1, 20, 30], [-100] * 3, None)], model.config.image_token_id, 0, 1, 32)
+    batch["pixel_values"] = batch["pixel_values"].float() / 255
+    loss = StageObjective(model)(batch)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+
+
 def recipe(**optim: Any) -> StageRecipe:
     return from_dict({"stage": {"trainable": "all"}, "optim": optim}, "test")
 
