@@ -102,7 +102,7 @@ class OnnxBackend:
         """Bytes of all weights, adapter included; of the embeddings only the rows in use are in memory."""
         listed = self._facts["files"].items()
         weights = sum(part["bytes"] for name, part in listed if name.endswith((".data", ".safetensors")))
-        return int(weights) + sum(array.nbytes for array in self.decoder.lora.values())
+        return int(weights) + self.decoder.lora_bytes
 
     def swap_adapter(self, folder: Path | None) -> None:
         """Answer with the adapter in `folder` from the next batch on; None is the bare base model.
@@ -120,7 +120,7 @@ class OnnxBackend:
                     f"The model was busy for {_BUSY_SECONDS} seconds; install the adapter again later."
                 )
             with self._lock:
-                self.decoder.lora = lora
+                self.decoder.adapt(lora)
                 self.loaded = replace(self.loaded, adapter_sha256=digest)
                 self.kept.clear()
 

@@ -126,12 +126,22 @@ class Cache:
 
 
 class Decoder:
-    """The decoder graph; `lora` holds the adapter's inputs by name, none for the bare model."""
+    """The decoder graph, with the inputs of an adapter or bare."""
 
     def __init__(self, session: Any, shape: Mapping[str, int], device: str) -> None:
         """`shape`: layers, kv_heads, width and vocabulary as in the manifest."""
         self._session, self._shape, self._device = session, dict(shape), device
-        self.lora: dict[str, np.ndarray] = {}
+        self._lora: dict[str, Any] = {}
+        self.lora_bytes = 0
+
+    def adapt(self, lora: Mapping[str, np.ndarray]) -> None:
+        """Use these LoRA inputs from now on; none for the bare model."""
+        from onnxruntime import OrtValue
+
+        kind, _, number = self._device.partition(":")
+        place = (kind, int(number or 0))
+        self._lora = {name: OrtValue.ortvalue_from_numpy(array, *place) for name, array in lora.items()}
+        self.lora_bytes = sum(array.nbytes for array in lora.values())
 
     def cache(self) -> Cache:
         """An empty cache for this decoder."""
@@ -150,11 +160,12 @@ class Decoder:
             "lengths": lengths,
             "total": np.array([lengths.max() + 1], np.int32),
             "places": places.astype(np.int64),
-            **self.lora,
         }
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
+        for name, value in self._lora.items():
+            binding.bind_ortvalue_input(name, value)
         kind, _, number = self._device.partition(":")
         for place, part in enumerate(cache.parts):
             view = part[first : first + rows]
