@@ -1,73 +1,36 @@
-"""One model for the whole kiosk, with a queue in front of it: questions are answered one at a time, in order.
+"""One model for the whole kiosk, with a queue in front of it: the questions of several people are answered together.
 
-The answer is made and saved by a worker thread, so closing the browser or pressing reload loses nothing: a screen only
-watches a `Job`. Before each question the worker looks whether another adapter was installed and changes to it without a
-restart; one that is refused leaves the adapter before it in place, and a sentence for the screens. Does not cover
-answering several questions in one batch, nor stopping a library call that hangs: its question is given up instead.
+A worker thread lets waiting questions join, in the order they came, and computes one token for each at a time (one
+question after another where the backend cannot do that). It saves the answers, so closing the browser or pressing
+reload loses nothing: a screen only watches a `Job`. Another adapter that was installed is used as soon as nobody is
+being answered; one that is refused leaves the adapter before it in place, and a sentence for the screens. Does not
+cover stopping a library call that hangs (its question is given up instead), nor shares for each person.
 """
 
-import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kiosk import memlog
+from kiosk.adapter_watch import AdapterWatch, sentence
+from kiosk.jobs import AnswerFailed, Job
 from kiosk.settings import Settings
 from kiosk.store import CaseStore, StoreError
 
 if TYPE_CHECKING:
-    from model.backends import Answer, Backend, Request, Token
+    import numpy as np
 
+    from model.backends import Answer, Backend, Request
+    from model.batching import Serial, TorchBatch
+
+__all__ = ["AnswerFailed", "Engine", "Job", "Status", "make_backend"]
+MAX_WAITING = 32  # questions not begun yet: with more, a new one is told that the computer is busy
 _POLL_SECONDS = 0.25  # how often a waiting screen looks at the clock
-
-
-class AnswerFailed(RuntimeError):
-    """A question got no answer; the message is one sentence for the person who asked."""
-
-
-@dataclass
-class Job:
-    """A question on its way: the pieces of its answer so far, and in the end an answer or a problem."""
-
-    turn_id: int
-    request: "Request"
-    seconds: float  # how long the answer may take once its turn has come
-    ahead: int = 0  # questions that were waiting before this one
-    started: float | None = None
-    pieces: list[str] = field(default_factory=list)
-    answer: "Answer | None" = None
-    problem: str | None = None
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    created: float = field(default_factory=time.monotonic)
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more will come."""
-        return self.answer is not None or self.problem is not None
-
-    @property
-    def overdue(self) -> bool:
-        """Whether it took longer than allowed, counting the questions before it."""
-        if self.started is not None:
-            return time.monotonic() - self.started > self.seconds
-        return time.monotonic() - self.created > self.seconds * (self.ahead + 1)
-
-    def add(self, piece: str) -> None:
-        """Another piece of the answer."""
-        with self.changed:
-            self.pieces.append(piece)
-            self.changed.notify_all()
-
-    def finish(self, answer: "Answer | None", problem: str | None) -> None:
-        """Nothing more will come; the first end counts."""
-        with self.changed:
-            if not self.done:
-                self.answer, self.problem = answer, problem
-            self.changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -95,28 +58,51 @@ class Engine:
     """The queue and the worker in front of one backend. `factory` makes the backend, in the worker's thread."""
 
     def __init__(self, store: CaseStore, home: Path, settings: Settings, factory: "Callable[[], Backend]") -> None:
-        self._store, self._home, self._settings, self._factory = store, home, settings, factory
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._store, self._settings, self._factory = store, settings, factory
+        self._inbox: queue.Queue[Job | np.ndarray | None] = queue.Queue()
+        self._waiting: deque[Job] = deque()  # this and the next three belong to the worker
+        self._running: dict[int, Job] = {}
+        self._batch: TorchBatch | Serial | None = None
+        self._picture: np.ndarray | None = None  # chosen on a screen, not asked about yet
+        self._ending = False
+        self._capacity = 1
         self._by_turn: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._backend: Backend | None = None
-        self._adapter: Path | None = None
-        self._refused: Any = None  # the state of the adapter folder that was refused, so that it is tried once
+        self._adapters = AdapterWatch(home)
         self._problem: str | None = None
-        self._notice: str | None = None
         self._thread = threading.Thread(target=self._work, name="afya-answers", daemon=True)
         self._thread.start()
 
     def submit(self, turn_id: int, request: "Request") -> Job:
-        """Queue a question whose turn is already saved; one that is on its way already is not queued again."""
+        """Queue a question whose turn is already saved; one that is on its way already is not queued again.
+
+        With `MAX_WAITING` questions waiting it is refused: the job is done at once and the turn marked.
+        """
         with self._lock:
             job = self._by_turn.get(turn_id)
-            if job is None or job.done:
-                ahead = sum(not other.done for other in self._by_turn.values())
-                self._by_turn = {key: other for key, other in self._by_turn.items() if not other.done}
-                job = self._by_turn[turn_id] = Job(turn_id, request, float(self._settings.answer_seconds), ahead)
-                self._jobs.put(job)
-            return job
+            if job is not None and not job.done:
+                return job
+            self._by_turn = {key: other for key, other in self._by_turn.items() if not other.done}
+            ahead = max(0, len(self._by_turn) - self._capacity + 1)
+            waiting = sum(other.started is None for other in self._by_turn.values())
+            job = Job(turn_id, request, float(self._settings.answer_seconds), ahead)
+            if waiting < MAX_WAITING:
+                self._by_turn[turn_id] = job
+                self._inbox.put(job)
+                return job
+        self._give_up(job, f"The computer is busy: {waiting} questions are waiting; please ask again in a minute.")
+        return job
+
+    def prepare(self, picture: "np.ndarray") -> None:
+        """A picture was chosen (RGB uint8): look at it already while the question is typed, if nothing else waits."""
+        self._inbox.put(picture)
+
+    def cancel(self, turn_id: int) -> None:
+        """Stop answering a question; one that is answered already stays as it is."""
+        job = self.job(turn_id)
+        if job is not None:
+            self._give_up(job, "The question was stopped before it was answered.")
 
     def job(self, turn_id: int) -> Job | None:
         """The question on its way, or None: then a turn that still waits was interrupted and can be asked again."""
@@ -146,12 +132,11 @@ class Engine:
         state = "failed" if self._problem else "ready" if backend else "loading"
         waiting = sum(not job.done for job in list(self._by_turn.values()))
         name, reason = (backend.name, backend.reason) if backend else (None, None)
-        adapter = self._adapter.name if self._adapter else None
-        return Status(state, self._problem, self._notice, name, reason, adapter, waiting)
+        return Status(state, self._problem, self._adapters.notice, name, reason, self._adapters.name, waiting)
 
     def stop(self) -> None:
         """Answer what is queued, then end the worker."""
-        self._jobs.put(None)
+        self._inbox.put(None)
         self._thread.join()
 
     def _too_slow(self) -> str:
@@ -163,38 +148,132 @@ class Engine:
         """The worker: load the model, then answer question after question."""
         try:
             self._backend = self._factory()
-            self._refresh_adapter()
+            self._adapters.refresh(self._backend)
             memlog.note(self._store, "model loaded", self._backend.name)
         except Exception as error:  # the edge of the thread: whatever stops the model is told on the screens
-            self._problem = f"The model could not be loaded: {_sentence(error)}"
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._answer(job)
-            except Exception as error:  # the edge again: the question is marked, the next one is answered
-                self._give_up(job, f"The question was not answered: {_sentence(error)}")
+            self._problem = f"The model could not be loaded: {sentence(error)}"
+        while not (self._ending and not self._running and not self._waiting):
+            self._receive()
+            self._admit()
+            self._step()
+            self._look_ahead()
 
-    def _answer(self, job: Job) -> None:
-        """Answer one question, token by token, and save the answer before it is called done."""
-        if self._backend is None:
-            return self._give_up(job, self._problem or "The model is not loaded.")
-        if job.done:
-            return None
-        self._refresh_adapter()
-        adapter = self._adapter.name if self._adapter else None
-        job.started = time.monotonic()
-        with contextlib.closing(_generator(self._backend, job.request)) as items:  # leaving early frees the model
-            for item in items:
-                if job.done:
-                    return None
-                if job.overdue:
-                    return self._give_up(job, self._too_slow())
+    def _receive(self) -> None:
+        """What arrived since the last step; waits for something where there is nothing to do."""
+        idle = not self._running and not self._waiting and self._picture is None
+        while True:
+            try:
+                item = self._inbox.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            if item is None:
+                self._ending = True
+            elif isinstance(item, Job):
+                self._waiting.append(item)
+            else:
+                self._picture = item
+
+    def _admit(self) -> None:
+        """Let waiting questions join; those who came first first."""
+        while self._waiting and self._room(self._waiting[0]):
+            job = self._waiting.popleft()
+            if job.done:
+                continue
+            if self._backend is None:
+                self._give_up(job, self._problem or "The model is not loaded.")
+                continue
+            try:
+                if not self._running:
+                    self._adapters.refresh(self._backend)
+                batch = self._batch = self._batch or self._open(self._backend)
+                job.started = time.monotonic()
+                self._running[job.turn_id] = job
+                batch.add([(job.turn_id, job.request)])
+            except Exception as error:  # a question that cannot be answered is marked, the others are answered
+                self._running.pop(job.turn_id, None)
+                self._give_up(job, f"The question was not answered: {sentence(error)}")
+                self._rest()
+
+    def _room(self, job: Job) -> bool:
+        """Whether the first of those who wait may join now: not beside one begun again, not over an adapter change."""
+        if not self._running or self._backend is None:
+            return True
+        apart = job.alone or any(other.alone for other in self._running.values())
+        return not apart and len(self._running) < self._capacity and not self._adapters.changed
+
+    def _open(self, backend: "Backend") -> "TorchBatch | Serial":
+        from model.batching import open_batch
+
+        batch = open_batch(backend)
+        self._capacity = batch.capacity
+        return batch
+
+    def _step(self) -> None:
+        """One more token for every question that is being answered; each is saved before it is called done."""
+        batch = self._batch
+        if batch is None or not self._running:
+            return
+        problem = "The model stopped without an answer; please ask again."
+        try:
+            for item in batch.step():
                 if isinstance(item, tuple):
-                    answer = item[1]
-                    if self._store.answer_turn(job.turn_id, answer, adapter):
-                        memlog.note_answer(self._store, job.turn_id, answer)
-                    return job.finish(answer, None)
-                job.add(item.text)
-        return self._give_up(job, "The model stopped without an answer; please ask again.")
+                    self._answered(self._running.pop(item[0]), item[1])
+                else:
+                    self._running[item.index].add(item.text)
+        except Exception as error:  # the edge of the thread: a question is marked, the others are answered
+            problem = f"The question was not answered: {sentence(error)}"
+            if len(self._running) > 1:
+                self._apart(batch)
+                return
+            batch.close()
+        for turn_id, job in list(self._running.items()):
+            if turn_id not in batch.active:
+                self._give_up(job, problem)
+            elif job.overdue and not job.done:
+                self._give_up(job, self._too_slow())
+            if job.done:
+                batch.drop(turn_id)
+                del self._running[turn_id]
+        self._rest()
+
+    def _apart(self, batch: "TorchBatch | Serial") -> None:
+        """A batch broke down and nobody knows by whom: each of its questions is begun again, alone."""
+        batch.close()
+        self._batch = None
+        for job in reversed(self._running.values()):
+            job.restart()
+            self._waiting.appendleft(job)
+        self._running.clear()
+
+    def _rest(self) -> None:
+        """With nobody left to answer the backend is free for another adapter."""
+        if self._batch is not None and not self._running:
+            self._batch.close()
+            self._batch = None
+
+    def _look_ahead(self) -> None:
+        """Compute what every question about a chosen picture needs, when nobody waits for an answer."""
+        if self._running or self._waiting or self._picture is None:
+            return
+        picture, self._picture = self._picture, None
+        prepare = getattr(self._backend, "prepare", None)
+        if self._backend is None or prepare is None:
+            return
+        try:
+            self._adapters.refresh(self._backend)
+            prepare(picture)
+        except Exception as error:  # only a head start is lost: the question itself will say what is wrong
+            memlog.note(self._store, f"picture not prepared: {sentence(error)}")
+
+    def _answered(self, job: Job, answer: "Answer") -> None:
+        """Save an answer, unless its question was given up meanwhile."""
+        try:
+            if not job.done and self._store.answer_turn(job.turn_id, answer, self._adapters.name):
+                memlog.note_answer(self._store, job.turn_id, answer)
+            job.finish(answer, None)
+        except StoreError as error:
+            self._give_up(job, f"The question was not answered: {sentence(error)}")
 
     def _give_up(self, job: Job, problem: str) -> None:
         """Mark a question as not answered, on the disk if it can be written, and for whoever watches."""
@@ -203,44 +282,3 @@ class Engine:
         except StoreError as error:
             problem = f"{problem} {error}"
         job.finish(None, problem)
-
-    def _refresh_adapter(self) -> None:
-        """Use the adapter that is installed now; when it is refused, keep the one before and say so."""
-        from model import adapters
-
-        backend = self._backend
-        assert backend is not None
-        seen = _pointer_state(self._home)
-        if seen == self._refused:
-            return
-        wanted: Path | None = None
-        try:
-            wanted = adapters.current(self._home)
-            if wanted != self._adapter:
-                backend.swap_adapter(wanted)
-                self._adapter = wanted
-            self._notice, self._refused = None, None
-        except Exception as error:  # an adapter comes from outside: whatever is wrong with it must not stop answers
-            self._refused = seen
-            using = f"the earlier one ({self._adapter.name})" if self._adapter else "the model as it was installed"
-            self._notice = f"A new adapter was refused and {using} answers instead. {_sentence(error)}"
-
-
-def _generator(backend: "Backend", request: "Request") -> "Generator[Token | tuple[int, Answer], None, None]":
-    """The backend's answer to one request, as something that can be closed before its end."""
-    yield from backend.generate([request])
-
-
-def _pointer_state(home: Path) -> Any:
-    """Something that changes whenever another adapter is installed."""
-    try:
-        found = (home / "adapters" / "current.json").stat()
-    except OSError:
-        return "no adapter"
-    return found.st_mtime_ns, found.st_ino, found.st_size
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of an error as a sentence; its kind where it says nothing."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".") + "."

@@ -64,6 +64,8 @@ class Turn(_Row):
     base_sha256: str | None = None
     adapter_sha256: str | None = None
     adapter_name: str | None = None
+    reliance: str | None = None  # a mark of model.reliance; None where it was not asked for
+    reliance_nats: float | None = None
     verdict: str = "none"
     correction: str | None = None
     reviewed_by: str | None = None

@@ -96,6 +96,12 @@ create table backups (
 ) strict;
 """
 
+_VERSION_2 = """
+alter table turns add column reliance text
+    check (reliance is null or reliance in ('image-reliant', 'unsure', 'not image-reliant'));
+alter table turns add column reliance_nats real;
+"""
+
 
 def migrations() -> "Migrations":
     """Every migration of the case database, oldest first."""
@@ -106,6 +112,10 @@ def migrations() -> "Migrations":
     @steps(name="0001_cases_turns_consents")
     def first(db: "Database") -> None:
         run_script(db, _VERSION_1)
+
+    @steps(name="0002_reliance")
+    def second(db: "Database") -> None:
+        run_script(db, _VERSION_2)
 
     return steps
 

@@ -22,7 +22,7 @@ class Setting:
     """One line of afya.toml: its name, what it is when nobody sets it, what it does, and what it may be."""
 
     name: str
-    default: str | int
+    default: str | int | bool
     help: str
     allowed: tuple[int, ...] | range | None = None
 
@@ -34,6 +34,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("port", 8501, "Port of the kiosk's address, http://127.0.0.1:PORT.", range(1, 65536)),
     Setting("answer_tokens", 64, "Longest answer, in tokens (about three quarters of a word each).", range(1, 1025)),
     Setting("answer_seconds", 120, "Give up on an answer after this many seconds.", range(5, 3601)),
+    Setting("reliance", True, "Check with the picture hidden whether each answer depends on it (true or false)."),
 )
 
 
@@ -47,6 +48,7 @@ class Settings:
     port: int = 8501
     answer_tokens: int = 64
     answer_seconds: int = 120
+    reliance: bool = True
     unknown: tuple[str, ...] = ()
 
 
@@ -82,7 +84,8 @@ def _mistake(setting: Setting, value: Any) -> str | None:
     """What is wrong with a value, or None."""
     kind = type(setting.default)
     if type(value) is not kind:
-        return f"{setting.name} must be {'a number' if kind is int else 'text in quotes'}, not {value!r}"
+        words = {int: "a number", bool: "true or false", str: "text in quotes"}
+        return f"{setting.name} must be {words[kind]}, not {value!r}"
     if setting.allowed is not None and value not in setting.allowed:
         if isinstance(setting.allowed, range):
             return f"{setting.name} must be from {setting.allowed[0]} to {setting.allowed[-1]}, not {value}"

@@ -152,6 +152,7 @@ class CaseStore:
         }
         row |= {"device": answer.device, "model_id": answer.model_id, "base_sha256": answer.base_sha256}
         row |= {"adapter_sha256": answer.adapter_sha256, "adapter_name": adapter_name}
+        row |= {"reliance": answer.reliance, "reliance_nats": answer.reliance_nats}
         with self._writing() as db:
             return _update_pending(db, turn_id, row)
 

@@ -5,6 +5,7 @@ nobody is answering (the power went, the kiosk was stopped) shows as "Not answer
 """
 
 import hashlib
+import threading
 from typing import Any
 
 import streamlit as st
@@ -47,6 +48,7 @@ def _new_case(desk: Desk, author: str) -> None:
             st.caption(f"{views.DISCLAIMER} Everything stays on this computer.")
             return
         question = _question_box()
+    _prepare(desk, png, picture.rgb)
     if question:
         new = NewImage(png, picture.format, picture.frame, picture.frames, picture.fields)
         case_id, turn_id = desk.store.add_case(new, author, question)
@@ -115,6 +117,7 @@ def _case(desk: Desk, case: Case, author: str) -> None:
         if busy:
             return
         question = _question_box()
+        _prepare(desk, png, None)
         if question:
             turn_id = desk.store.add_turn(case.id, question, author)
             _submit(desk, turn_id, images.decode(png).rgb, question, history(case.turns))
@@ -142,6 +145,7 @@ def _turn(desk: Desk, case: Case, turn: Turn, author: str, png: bytes) -> bool:
                 _submit(desk, turn.id, images.decode(png).rgb, turn.question, history(case.turns, before=turn.id))
                 st.rerun()
             return False
+        st.button("Stop", icon=":material/stop:", key=f"stop_{turn.id}", on_click=desk.engine.cancel, args=(turn.id,))
         try:
             with st.spinner(f"Waiting for {job.ahead} question(s) before this one …" if job.ahead else "Looking …"):
                 st.write_stream(views.plain(piece) for piece in desk.engine.stream(job))
@@ -151,11 +155,23 @@ def _turn(desk: Desk, case: Case, turn: Turn, author: str, png: bytes) -> bool:
     return True
 
 
+def _prepare(desk: Desk, png: bytes, rgb: Any) -> None:
+    """Let the model look at the picture while the question is typed, once for each picture that is opened."""
+    digest = hashlib.sha256(png).hexdigest()
+    if st.session_state.get("prepared") != digest:
+        st.session_state["prepared"] = digest
+        if rgb is not None:
+            desk.engine.prepare(rgb)
+        else:  # decoding takes a process of its own: the page does not wait for it
+            threading.Thread(target=lambda: desk.engine.prepare(images.decode(png).rgb), daemon=True).start()
+
+
 def _submit(desk: Desk, turn_id: int, rgb: Any, question: str, earlier: tuple[tuple[str, str], ...]) -> None:
     """Hand a saved question to the model."""
     from model.backends import Request
 
-    desk.engine.submit(turn_id, Request(rgb, question, earlier, desk.settings.answer_tokens))
+    settings = desk.settings
+    desk.engine.submit(turn_id, Request(rgb, question, earlier, settings.answer_tokens, settings.reliance))
 
 
 def history(turns: tuple[Turn, ...], before: int | None = None) -> tuple[tuple[str, str], ...]:

@@ -10,6 +10,9 @@ from kiosk import export, queries, views
 from kiosk.desk import Desk
 from kiosk.records import Case, Consent, Turn
 
+NOT_RELIANT = "The answer changes little when the picture is hidden: do not rely on it."
+UNSURE = "It is not clear how much this answer depends on the picture."
+
 
 def answer(desk: Desk, turn: Turn, author: str) -> None:
     """One saved answer with its confidence and its check."""
@@ -23,6 +26,10 @@ def answer(desk: Desk, turn: Turn, author: str) -> None:
     if turn.confidence is not None:
         said += f"The model is {views.sureness(turn.confidence)}. It can be sure and wrong."
     st.caption(said)
+    if turn.reliance == "not image-reliant":
+        st.warning(NOT_RELIANT, icon=":material/visibility_off:")
+    elif turn.reliance == "unsure":
+        st.caption(UNSURE)
     if st.session_state.get("correcting") == turn.id:
         _correct(desk, turn, author)
     elif turn.verdict == "none" or st.session_state.get("rechecking") == turn.id:

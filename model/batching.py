@@ -42,7 +42,12 @@ class _Asked:
 
 
 class TorchBatch:
-    """The rows that a TorchBackend answers together. Made by `TorchBackend.open_batch`; close it after use."""
+    """The rows that a TorchBackend answers together. Made by `TorchBackend.open_batch`; close it after use.
+
+    `capacity` is how many rows somebody who queues should let in at a time.
+    """
+
+    capacity = 8
 
     def __init__(self, backend: TorchBackend, keep: bool) -> None:
         """An empty batch; `keep`: use and extend what is kept of earlier conversations."""
@@ -201,6 +206,8 @@ class TorchBatch:
 
 class Serial:
     """The interface of `TorchBatch` on a backend that answers one question after another, in order."""
+
+    capacity = 1
 
     def __init__(self, backend: Backend) -> None:
         """Nothing is asked yet."""

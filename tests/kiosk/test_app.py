@@ -1,6 +1,7 @@
 """The screens, driven without a browser: a case from picture to consent, to search, and every error one sentence."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_an_interrupted_question_reopens_as_not_answered_and_can_be_asked_again(
     assert "Not answered. The kiosk was stopped" in texts(test)
     press(test, f"again_{turn_id}")
     assert queries.turn(desk.store, turn_id).answer == "It is bright" and "**It is bright**" in texts(test)
+
+
+def test_an_answer_that_does_not_need_the_picture_says_so(desk: Desk) -> None:
+    marks = {"not image-reliant": "do not rely on it", "unsure": "It is not clear", "image-reliant": ""}
+    for mark, words in marks.items():
+        case_id, turn_id = desk.store.add_case(picture(), "NA", "Is it bright?")
+        desk.store.answer_turn(turn_id, replace(answer(), reliance=mark, reliance_nats=0.0))
+        shown = texts(app(by="NA", screen="new", case=str(case_id)))
+        assert (not words or words in shown) and ("do not rely" in shown) is (mark == "not image-reliant")
 
 
 def test_what_people_and_models_write_is_never_taken_for_markup(desk: Desk) -> None:

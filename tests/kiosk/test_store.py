@@ -2,10 +2,12 @@
 
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlite_utils.migrations import Migrations
 
 from kiosk import queries, schema
 from kiosk.queries import Filter
@@ -102,7 +104,7 @@ def test_a_failed_migration_leaves_the_old_tables_and_no_record(store: CaseStore
     store.add_case(picture(), "NA", "Before the upgrade")
     steps = schema.migrations()
 
-    @steps(name="0002_broken")
+    @steps(name="9999_broken")
     def broken(db: Any) -> None:
         schema.run_script(db, "create table extra (id integer); insert into nowhere values (1);")
 
@@ -119,7 +121,7 @@ def test_a_migration_commits_with_its_record_and_an_older_program_refuses(store:
     store.add_case(picture(), "NA", "Before the upgrade")
     steps = schema.migrations()
 
-    @steps(name="0002_extra")
+    @steps(name="9999_extra")
     def extra(db: Any) -> None:
         schema.run_script(db, "create table extra (id integer) strict;")
 
@@ -128,6 +130,32 @@ def test_a_migration_commits_with_its_record_and_an_older_program_refuses(store:
     newer.close()
     with pytest.raises(StoreError, match="newer version of Afya"):
         CaseStore(store.path)
+
+
+def test_a_database_of_the_first_version_is_upgraded_and_keeps_its_answers(afya_home: Path) -> None:
+    old = Migrations("kiosk")
+
+    @old(name="0001_cases_turns_consents")
+    def first(db: Any) -> None:
+        schema.run_script(db, schema._VERSION_1)
+
+    path = afya_home / "old.db"
+    CaseStore(path, old).close()
+    with sqlite3.connect(path) as db:
+        db.execute("insert into cases values (1, 'now', 'NA', 'PNG', 0, 1, '{}', ?, x'00')", ["a" * 64])
+        db.execute(
+            "insert into turns (case_id, question, asked_at, asked_by, status, answer)"
+            " values (1, 'Old?', 'now', 'NA', 'answered', 'yes')"
+        )
+    db.close()
+    upgraded = CaseStore(path)
+    turn = queries.turn(upgraded, 1)
+    assert (turn.question, turn.answer, turn.reliance, turn.reliance_nats) == ("Old?", "yes", None, None)
+    _, fresh = upgraded.add_case(picture(), "NA", "New?")
+    upgraded.answer_turn(fresh, replace(answer(), reliance="unsure", reliance_nats=0.3))
+    turn = queries.turn(upgraded, fresh)
+    assert (turn.reliance, turn.reliance_nats) == ("unsure", 0.3)
+    upgraded.close()
 
 
 def test_a_file_that_is_no_database_is_refused_and_kept(afya_home: Path) -> None:

@@ -1,0 +1,63 @@
+"""Which adapter the kiosk's model answers with: looks at the one installed, changes to it, and keeps the former one.
+
+Installing happens elsewhere (`model.installed`, in another process perhaps); here the pointer file is watched.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.backends import Backend
+
+
+class AdapterWatch:
+    """The adapter in use in the kiosk of `home`, and a sentence in `notice` where another one was refused."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._seen: Any = None  # state of the pointer when it was looked at last
+        self._refused: Any = None  # state of the pointer that was refused, so that it is tried once
+        self.adapter: Path | None = None
+        self.notice: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Name of the adapter in use, None for the model as it was installed."""
+        return self.adapter.name if self.adapter else None
+
+    @property
+    def changed(self) -> bool:
+        """Whether another adapter was installed since the last `refresh`."""
+        return self._state() != self._seen
+
+    def refresh(self, backend: "Backend") -> None:
+        """Use the adapter that is installed now; when it is refused, keep the one before and say so."""
+        from model import adapters
+
+        seen = self._seen = self._state()
+        if seen == self._refused:
+            return
+        try:
+            wanted = adapters.current(self._home)
+            if wanted != self.adapter:
+                backend.swap_adapter(wanted)
+                self.adapter = wanted
+            self.notice, self._refused = None, None
+        except Exception as error:  # an adapter comes from outside: whatever is wrong with it must not stop answers
+            self._refused = seen
+            using = f"the earlier one ({self.name})" if self.adapter else "the model as it was installed"
+            self.notice = f"A new adapter was refused and {using} answers instead. {sentence(error)}"
+
+    def _state(self) -> Any:
+        """Something that changes whenever another adapter is installed."""
+        try:
+            found = (self._home / "adapters" / "current.json").stat()
+        except OSError:
+            return "no adapter"
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+
+def sentence(error: BaseException) -> str:
+    """The first line of an error as a sentence; its kind where it says nothing."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".") + "."
