@@ -25,6 +25,7 @@ DOORS = {
         "model/decode.py",
         "model/checkpoint_config.py",
         "model/checkpoint_tokenizer.py",
+        "model/onnx_source.py",
         "client/batches.py",
         "server/data_check.py",
         "server/train.py",

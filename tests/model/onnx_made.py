@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from model import quantize
-from model.backends import Answer, Request
+from model.backends import Answer, Backend, Request
 
 PICTURES = [np.random.default_rng(n).integers(0, 256, (40 + 9 * n, 50, 3), dtype=np.uint8) for n in range(3)]
 QUESTIONS = ["Is there a nodule?", "What modality is used to take this image, and where?", "left"]
@@ -18,7 +18,7 @@ def quantized(model: Path, out: Path, bits: int) -> Path:
     return out
 
 
-def answers(backend: object, requests: list[Request]) -> list[Answer]:
+def answers(backend: Backend, requests: list[Request]) -> list[Answer]:
     """The answers in the order of the requests."""
-    found = dict(item for item in backend.generate(requests) if isinstance(item, tuple))  # type: ignore[attr-defined]
+    found: dict[int, Answer] = dict(item for item in backend.generate(requests) if isinstance(item, tuple))
     return [found[n] for n in range(len(requests))]

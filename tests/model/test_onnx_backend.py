@@ -8,7 +8,7 @@ import pytest
 
 from model import onnx_session
 from model.adapters import AdapterRejected
-from model.backends import Request, RequestRefused, Token, TorchBackend
+from model.backends import Answer, Request, RequestRefused, Token, TorchBackend
 from model.llava import ModelError
 from model.onnx_backend import OnnxBackend
 from tests.model.lora import random_adapter
@@ -99,7 +99,8 @@ def test_a_batch_answers_like_single_questions(kind: str, request: pytest.Fixtur
 
 def test_requests_join_and_leave_at_any_token(exact: OnnxBackend) -> None:
     alone = [answers(exact, [asked])[0].text for asked in REQUESTS]
-    batch, found = exact.open_batch(keep=False), {}
+    found: dict[int, Answer] = {}
+    batch = exact.open_batch(keep=False)
     batch.add([(0, REQUESTS[0]), (1, REQUESTS[1])])
     batch.step()
     batch.add([(2, REQUESTS[2]), (4, REQUESTS[4])])
