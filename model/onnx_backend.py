@@ -1,6 +1,6 @@
 """The ONNX backend: a folder written by `afya-model quantize --backend onnx`, on a CPU or a CUDA device.
 
-The folder is checked against its manifest, then opened; PyTorch computes nothing here. An adapter is handed to the
+The folder is checked against its manifest, then opened; PyTorch is not needed. An adapter is handed to the
 graph as inputs and so is swapped in the time that reading its file takes. Seen working on CPUs; the CUDA provider is
 asked for and checked, but has not been measured.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from model import adapters, manifest, onnx_adapter, onnx_session
 from model.backends import KEEP_BYTES, Answer, Request, RequestRefused, Token
 from model.llava import ModelError
 from model.onnx_kept import Kept
-from model.onnx_source import processor
+from model.onnx_source import inputs
 from model.prompts import Template, TemplateUnknown, template_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class OnnxLoaded:
     """A quantized folder that is open; the fields are named like those of `model.llava.Loaded`."""
 
     path: Path
-    processor: Any
+    tokenizer: Any
+    pixels: Callable[[np.ndarray], np.ndarray]
     bits: int
     device: str
     reason: str
@@ -173,8 +174,7 @@ class OnnxBackend:
 
     def features(self, image: np.ndarray) -> np.ndarray:
         """Projected features (tokens, hidden) of a picture, RGB uint8 (H, W, 3)."""
-        pixels = self.loaded.processor.image_processor(images=[image], return_tensors="np")["pixel_values"]
-        found = self._vision.run(["features"], {"pixel_values": np.asarray(pixels, np.float32)})[0]
+        found = self._vision.run(["features"], {"pixel_values": self.loaded.pixels(image)[None]})[0]
         return np.asarray(found[0])
 
     def head_length(self, ids: Sequence[int]) -> int:
@@ -187,9 +187,11 @@ def _loaded(model: Path, facts: dict[str, Any], place: str, reason: str) -> Onnx
         template = template_of(model)
     except TemplateUnknown as error:
         raise ModelError(str(error)) from error
+    tokenizer, pixels = inputs(model)
     return OnnxLoaded(
         path=model,
-        processor=processor(model),
+        tokenizer=tokenizer,
+        pixels=pixels,
         bits=int(facts["bits"]),
         device=place,
         reason=reason,
@@ -205,7 +207,7 @@ def _loaded(model: Path, facts: dict[str, Any], place: str, reason: str) -> Onnx
 
 def _never(loaded: OnnxLoaded, vocabulary: int) -> np.ndarray:
     """Ids that are no text of an answer: the image mark, the template's markers, the table's padding; not the ends."""
-    tokenizer = loaded.processor.tokenizer
+    tokenizer = loaded.tokenizer
     banned = {loaded.image_token_id, *tokenizer.all_special_ids, *range(len(tokenizer), vocabulary)}
     return np.array(sorted(banned - loaded.end_ids), np.int64)
 

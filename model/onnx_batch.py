@@ -128,7 +128,7 @@ class OnnxBatch:
         room = loaded.positions - request.max_new_tokens
         turns = [*request.history, (request.question, "")]
         for dropped in range(len(turns)):
-            ids, _ = encode(loaded.processor.tokenizer, loaded.template, turns[dropped:], loaded.image_tokens, None)
+            ids, _ = encode(loaded.tokenizer, loaded.template, turns[dropped:], loaded.image_tokens, None)
             if len(ids) <= room:
                 return ids, dropped
         raise RequestRefused(f"The question is too long: {len(ids)} tokens, at most {room} fit; shorten it.")
@@ -186,7 +186,7 @@ class OnnxBatch:
 
     def _piece(self, row: _Row, final: bool) -> str:
         """What can be shown now that could not before; a character still incomplete waits for its other bytes."""
-        text = self._loaded.processor.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
+        text = self._loaded.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
         if text.endswith("\ufffd") and not final:
             return ""
         piece, row.told = text[len(row.told) :], text

@@ -26,6 +26,7 @@ DOORS = {
         "model/checkpoint_config.py",
         "model/checkpoint_tokenizer.py",
         "model/onnx_source.py",
+        "model/pixels.py",
         "client/batches.py",
         "server/data_check.py",
         "server/train.py",
@@ -40,6 +41,7 @@ DOORS = {
     "gdcm": ["model/jpeg_frame.py"],
     "PIL": [
         "model/images.py",
+        "model/pixels.py",
         "model/_decode_child.py",
         "model/raster.py",
         "model/jpeg_frame.py",

@@ -58,8 +58,9 @@ def test_the_runtime_reads_the_packed_weights_as_written(tiny: Path, tmp_path: P
 
 def test_the_float_graphs_give_the_logits_and_features_of_torch(tiny: Path, tmp_path: Path) -> None:
     backend = OnnxBackend(quantized(tiny, tmp_path / "float", 32), device="cpu")
-    core = llava.load(tiny, 32, device="cpu").core
-    pixels = backend.loaded.processor.image_processor(images=[PICTURES[0]], return_tensors="pt")["pixel_values"]
+    loaded = llava.load(tiny, 32, device="cpu")
+    core = loaded.core
+    pixels = loaded.processor.image_processor(images=[PICTURES[0]], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = core.model.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
         features = backend.features(PICTURES[0])
