@@ -88,7 +88,10 @@ class TextTemplate:
 
 Template = MarkTemplate | TextTemplate
 
-_POLITE = "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "  # fmt: skip # noqa: E501
+_POLITE = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
+)
 _TURN, _REPLY = "USER: {} ASSISTANT:", " {}</s>"
 
 AFYA = MarkTemplate("afya", bos="<s>", image=IMAGE, user="<user>", assistant="<assistant>", end="</s>")
