@@ -47,11 +47,18 @@ class Status:
 
 
 def make_backend(settings: Settings) -> "Backend":
-    """Load the model that the settings name, without an adapter. Takes seconds; raises with one plain sentence."""
+    """Load the model that the settings name, without an adapter, and see that it may answer (`model.canary`).
+
+    Takes seconds; raises with one plain sentence.
+    """
+    from model import canary
     from model.backends import TorchBackend
     from model.presets import reference_path
 
-    return TorchBackend(Path(settings.model).expanduser() if settings.model else reference_path(), settings.bits)
+    folder = Path(settings.model).expanduser() if settings.model else reference_path()
+    backend = TorchBackend(folder, settings.bits)
+    canary.require(canary.check(backend, folder))
+    return backend
 
 
 class Engine:
