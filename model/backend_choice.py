@@ -1,4 +1,4 @@
-"""Open the backend that fits a folder: ONNX Runtime for one written by `afya-model quantize`, PyTorch for any other."""
+"""Open the backend that fits a folder: what `afya-model quantize` wrote it for, PyTorch for plain weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def open_backend(
     facts = manifest.read(folder)
     if bits is not None and bits != facts.get("bits"):
         raise ModelError(f"{folder} was quantized to {facts.get('bits')} bits, not {bits}; leave out --bits.")
-    if facts.get("backend") != "onnx":
-        raise ModelError(f"{folder} was quantized for {facts.get('backend')}, which this version cannot open.")
+    if facts.get("backend") == "torch":
+        from model import quantized_torch
+        from model.backends import KEEP_BYTES, TorchBackend
+
+        return TorchBackend.wrap(quantized_torch.load(folder, adapter, device), keep_bytes=KEEP_BYTES)
     from model.onnx_backend import OnnxBackend
 
     return OnnxBackend(folder, adapter, device)
@@ -37,5 +40,7 @@ def open_backend(
 def why(folder: Path) -> str:
     """Why a folder is opened with the backend it is opened with, in one sentence."""
     if manifest.is_quantized(folder):
+        if manifest.read(folder).get("backend") == "torch":
+            return "The folder holds weights quantized for PyTorch, so the torch backend answers."
         return "The folder was quantized for ONNX Runtime, so the onnx backend answers."
     return "The folder holds plain weights, so PyTorch quantizes them while it loads and the torch backend answers."

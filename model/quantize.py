@@ -8,6 +8,7 @@ time. Not covered: calibration on data (none is used), ready-made graphs of othe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -29,7 +30,7 @@ BITS, BLOCKS = (4, 8, 32), (32, 64, 128)
 DONE = "finished.json"
 _COPIED = ("config.json", "generation_config.json", "afya.json", "chat_template.jinja")
 _COPIED_KINDS = ("token", "special", "processor", "preprocessor", "added", "vocab", "merges")
-_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "transformers")
+_PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "numpy", "torch", "transformers")
 Progress = Callable[[int], None]
 
 
@@ -63,8 +64,9 @@ def quantize(model: Path, out: Path, how: Plan, progress: Progress = lambda coun
     onnx_vision.check(settings)
     shape = onnx_decoder.shape_of(settings["text_config"])
     identity = {"base_sha256": llava.base_sha256(model), "format": manifest.FORMAT, **dataclasses.asdict(how)}
+    identity["backend"] = "onnx"
     if out.exists():
-        return _already(out, identity)
+        return already(out, identity)
     partial = out.parent / f".{out.name}.partial"
     finished = _resume(partial, identity)
     source = Source(model)
@@ -75,7 +77,7 @@ def quantize(model: Path, out: Path, how: Plan, progress: Progress = lambda coun
             finished["files"] |= manifest.describe(partial, names)
             files.write_atomic(partial / DONE, json.dumps(finished).encode())
     facts = _facts(model, source, settings, shape, identity)
-    copied = _copy(model, partial)
+    copied = copy_texts(model, partial)
     listed = {**finished["files"], **manifest.describe(partial, copied)}
     (partial / DONE).unlink()
     manifest.write(partial, {**facts, "files": listed})
@@ -85,7 +87,7 @@ def quantize(model: Path, out: Path, how: Plan, progress: Progress = lambda coun
     return manifest.read(out)
 
 
-def _already(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def already(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that is the wanted one already."""
     if not manifest.is_quantized(out):
         raise ModelError(f"{out} exists and is no quantized model; choose another folder with --out.")
@@ -141,30 +143,32 @@ def _embeddings(folder: Path, source: Source, how: Plan) -> None:
         os.fsync(stream.fileno())
 
 
-def _copy(model: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, processor, configuration and template; returns their names."""
+def copy_texts(model: Path, folder: Path, but: tuple[str, ...] = ()) -> list[str]:
+    """Copy tokenizer, processor, configuration and template, `but` some; returns their names."""
     names = sorted(
         path.name
         for path in model.iterdir()
-        if path.is_file() and (path.name in _COPIED or path.name.startswith(_COPIED_KINDS))
+        if path.is_file() and path.name not in but and (path.name in _COPIED or path.name.startswith(_COPIED_KINDS))
     )
     for name in names:
         files.write_atomic(folder / name, (model / name).read_bytes())
     return names
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that had a part in it."""
+    found: dict[str, str] = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _facts(model: Path, source: Source, settings: Any, shape: Any, identity: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says beside the files."""
-    versions: dict[str, str] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     inner = int(settings["text_config"]["intermediate_size"])
     return {
         **identity,
-        "backend": "onnx",
         "model": model.resolve().name,
         "parameters": source.parameters(),
         "accuracy_level": 4,
@@ -173,5 +177,5 @@ def _facts(model: Path, source: Source, settings: Any, shape: Any, identity: dic
         "image_token_id": settings.get("image_token_id", settings.get("image_token_index")),
         "image_tokens": onnx_vision.tokens(settings),
         "end_ids": end_ids(model, settings),
-        "versions": versions,
+        "versions": versions(),
     }

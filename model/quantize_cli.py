@@ -1,4 +1,4 @@
-"""`afya-model quantize`: write a quantized copy of a model folder for ONNX Runtime, and say what became of it.
+"""`afya-model quantize`: write a quantized copy of a model folder, and say what became of it.
 
 Only click is imported here; the rest is imported when the command runs.
 """
@@ -15,16 +15,12 @@ _FILE = click.Path(path_type=Path)
 _MIB = 2**20
 
 
-class QuantizeError(RuntimeError):
-    """A model cannot be quantized as asked; the message says why and what to do."""
-
-
 @click.command("quantize")
 @click.argument("model", type=_FILE)
 @click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--bits", type=click.Choice(["8", "4"]), default="4", show_default=True, help="Bits per decoder weight.")
 @click.option("--block", type=click.Choice(["32", "64", "128"]), default="32", show_default=True,
-              help="Weights that share a scale: more are smaller and faster, fewer are more accurate.")  # fmt: skip
+              help="Weights that share a scale (onnx): more are faster, fewer more accurate.")  # fmt: skip
 @click.option("--out", required=True, type=_FILE, help="Folder to write; an unfinished one is continued.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def quantize(model: Path, backend: str, bits: str, block: str, out: Path, as_json: bool) -> None:
@@ -33,7 +29,7 @@ def quantize(model: Path, backend: str, bits: str, block: str, out: Path, as_jso
 
     try:
         manifest = _run(model, backend, int(bits), int(block), out, not as_json)
-    except (ModelError, QuantizeError) as error:
+    except ModelError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{out} cannot be written ({error}); free the disk and run it again.") from error
@@ -48,10 +44,9 @@ def quantize(model: Path, backend: str, bits: str, block: str, out: Path, as_jso
 
 def _run(model: Path, backend: str, bits: int, block: int, out: Path, shown: bool) -> dict[str, Any]:
     if backend == "torch":
-        raise QuantizeError(
-            "The torch backend quantizes while it loads, the same weights every time, so there is nothing to write; "
-            "use the model folder with --bits, or --backend onnx."
-        )
+        from model import quantized_torch
+
+        return quantized_torch.write(model, out, bits)
     from tqdm import tqdm
 
     from model import quantize as work

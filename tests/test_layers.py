@@ -27,6 +27,7 @@ DOORS = {
         "model/checkpoint_tokenizer.py",
         "model/onnx_source.py",
         "model/pixels.py",
+        "model/quantized_torch.py",
         "client/batches.py",
         "server/data_check.py",
         "server/train.py",

@@ -16,7 +16,8 @@ from model.onnx_backend import OnnxBackend
 from model.onnx_source import Source, config, plain
 from model.onnx_weights import pack, unpack
 from model.quantize_cli import quantize as command
-from tests.model.onnx_made import PICTURES, quantized
+from tests.model.lora import random_adapter
+from tests.model.onnx_made import PICTURES, REQUESTS, answers, quantized
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed, so nothing can be quantized for ONNX Runtime")
 
@@ -146,7 +147,19 @@ def test_the_command_writes_a_folder_that_the_choice_opens(tiny: Path, tmp_path:
     assert isinstance(open_backend(tiny, 32, device="cpu"), TorchBackend) and "torch" in why(tiny)
 
 
-@pytest.mark.parametrize("arguments", [["missing", "--out", "x"], ["{}", "--backend", "torch", "--out", "x"]])
+@pytest.mark.parametrize("arguments", [["missing", "--out", "x"], ["{}", "--out", "{}"]])
 def test_the_command_says_plainly_why_it_refuses(tiny: Path, arguments: list[str]) -> None:
     done = CliRunner().invoke(command, [part.format(tiny) for part in arguments])
     assert done.exit_code == 1 and "Traceback" not in done.output and "Error:" in done.output
+
+
+@pytest.mark.parametrize("bits", ["8", "4"])
+def test_weights_for_torch_answer_as_when_quantized_at_loading(tiny: Path, tmp_path: Path, bits: str) -> None:
+    out = tmp_path / "out"
+    done = CliRunner().invoke(command, [str(tiny), "--backend", "torch", "--bits", bits, "--out", str(out)])
+    assert done.exit_code == 0 and "manifest" not in done.output, done.output
+    adapter = random_adapter(tiny, tmp_path / "adapter", 1)
+    ours, theirs = open_backend(out, adapter=adapter, device="cpu"), TorchBackend(tiny, int(bits), adapter, "cpu")
+    for one, other in zip(answers(ours, REQUESTS), answers(theirs, REQUESTS), strict=True):
+        assert (one.text, one.confidence, one.base_sha256) == (other.text, other.confidence, other.base_sha256)
+    assert "quantized before" in ours.reason and "torch" in why(out)
