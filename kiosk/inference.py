@@ -72,7 +72,8 @@ class Engine:
         self._batch: TorchBatch | Serial | None = None
         self._picture: np.ndarray | None = None  # chosen on a screen, not asked about yet
         self._ending = False
-        self._capacity = 1
+        self._capacity = 1  # questions answered together
+        self._joins = 1  # and how many of them may join between two tokens
         self._by_turn: dict[int, Job] = {}
         self._lock = threading.Lock()
         self._backend: Backend | None = None
@@ -182,39 +183,47 @@ class Engine:
                 self._picture = item
 
     def _admit(self) -> None:
-        """Let waiting questions join; those who came first first."""
-        while self._waiting and self._room(self._waiting[0]):
+        """Let waiting questions join, those who came first first; the others follow after the next token."""
+        joining: list[Job] = []
+        while self._waiting and len(joining) < self._joins and self._room(self._waiting[0], joining):
             job = self._waiting.popleft()
-            if job.done:
-                continue
             if self._backend is None:
                 self._give_up(job, self._problem or "The model is not loaded.")
-                continue
-            try:
-                if not self._running:
-                    self._adapters.refresh(self._backend)
-                batch = self._batch = self._batch or self._open(self._backend)
-                job.started = time.monotonic()
-                self._running[job.turn_id] = job
-                batch.add([(job.turn_id, job.request)])
-            except Exception as error:  # a question that cannot be answered is marked, the others are answered
-                self._running.pop(job.turn_id, None)
-                self._give_up(job, f"The question was not answered: {sentence(error)}")
-                self._rest()
+            elif not job.done:
+                joining.append(job)
+        if not joining or self._backend is None:
+            return
+        if not self._running:
+            self._adapters.refresh(self._backend)
+        try:
+            self._join(self._backend, joining)
+        except Exception:  # one of them: the others are not to suffer for it
+            for job in joining:
+                try:
+                    self._join(self._backend, [job])
+                except Exception as error:  # a question that cannot be answered is marked
+                    self._give_up(job, f"The question was not answered: {sentence(error)}")
+        self._rest()
 
-    def _room(self, job: Job) -> bool:
-        """Whether the first of those who wait may join now: not beside one begun again, not over an adapter change."""
-        if not self._running or self._backend is None:
-            return True
-        apart = job.alone or any(other.alone for other in self._running.values())
-        return not apart and len(self._running) < self._capacity and not self._adapters.changed
-
-    def _open(self, backend: "Backend") -> "TorchBatch | Serial":
+    def _join(self, backend: "Backend", jobs: list[Job]) -> None:
+        """Begin to answer these questions; raises what the backend raises, and then none of them has begun."""
         from model.batching import open_batch
 
-        batch = open_batch(backend)
-        self._capacity = batch.capacity
-        return batch
+        if self._batch is None:
+            self._batch = open_batch(backend)
+            self._capacity, self._joins = self._batch.capacity, getattr(self._batch, "joins", 1)
+        for job in jobs:
+            job.started = time.monotonic()
+        self._batch.add([(job.turn_id, job.request) for job in jobs])
+        self._running |= {job.turn_id: job for job in jobs}
+
+    def _room(self, job: Job, joining: list[Job]) -> bool:
+        """Whether the first of those who wait may join now: not beside one begun again, not over an adapter change."""
+        others = [*self._running.values(), *joining]
+        if self._backend is None or not others:
+            return True
+        apart = job.alone or any(other.alone for other in others)
+        return not apart and len(others) < self._capacity and not self._adapters.changed
 
     def _step(self) -> None:
         """One more token for every question that is being answered; each is saved before it is called done."""

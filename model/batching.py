@@ -44,7 +44,8 @@ class _Asked:
 class TorchBatch:
     """The rows that a TorchBackend answers together. Made by `TorchBackend.open_batch`; close it after use.
 
-    `capacity` is how many rows somebody who queues should let in at a time.
+    `capacity` is how many rows somebody who queues should let in, `joins` how many between two tokens: a GPU computes
+    many prompts in about the time of one, a CPU one after another.
     """
 
     capacity = 8
@@ -55,6 +56,7 @@ class TorchBatch:
         self._keep = keep and backend.kept.limit > 0
         self._asked: dict[int, _Asked] = {}
         self._closed = False
+        self.joins = self.capacity if self._loaded.device.startswith("cuda") else 1
         memory.start(self._loaded.device)
         self._rows = decode.Batch(self._loaded.core, backend.banned_ids())
 
