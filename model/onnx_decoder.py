@@ -9,7 +9,7 @@ positions follow from the lengths; rows of different length are padded on the ri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,11 @@ def rotary(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def write(graph: Graph, source: Source, shape: Shape, head_bits: int, progress: Callable[[int], None]) -> None:
-    """Fill `graph` with the decoder, one layer in memory at a time; `progress` gets the parameters done."""
+def write(graph: Graph, source: Source, shape: Shape, bits: Mapping[str, int], progress: Callable[[int], None]) -> None:
+    """Fill `graph` with the decoder, one layer in memory at a time; `progress` gets the parameters done.
+
+    `bits` names the linear layers that do not have the graph's bits: "head" (`lm_head`), "q", "k", "v", "o".
+    """
     x = graph.input("inputs_embeds", "float32", ["rows", "new", shape.hidden])
     for name, kind, sizes in (("lengths", "int32", ["rows"]), ("total", "int32", [1]), ("places", "int64", ["places"])):
         graph.input(name, kind, sizes)  # type: ignore[arg-type]
@@ -86,24 +89,28 @@ def write(graph: Graph, source: Source, shape: Shape, head_bits: int, progress: 
     gain = graph.constant("layers.0.norm1", source.numpy("text.layers.0.input_layernorm.weight"))
     h = graph.node("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=shape.eps)
     for number in range(shape.layers):
-        h, x = _layer(graph, source, shape, number, h, x, outer)
+        h, x = _layer(graph, source, shape, bits, number, h, x, outer)
         progress(source.taken())
     graph.output("logits", "float32", ["places", shape.vocabulary])
     name = "lm_head.weight" if source.has("lm_head.weight") else "text.embed_tokens.weight"
     wanted = graph.node("Gather", h, "places", axis=0)
-    logits = graph.linear(wanted, "lm_head", source.torch(name), bits=head_bits)
+    logits = graph.linear(wanted, "lm_head", source.torch(name), bits=bits.get("head"))
     graph.node("Identity", logits, outputs=["logits"])
     progress(source.taken())
 
 
-def _layer(graph: Graph, source: Source, shape: Shape, number: int, h: str, x: str, outer: str) -> tuple[str, str]:
+def _layer(
+    graph: Graph, source: Source, shape: Shape, bits: Mapping[str, int], number: int, h: str, x: str, outer: str
+) -> tuple[str, str]:
     """One decoder layer: the next layer's normed input and the residual."""
     old, new = f"text.layers.{number}.", f"layers.{number}."
-    parts = [source.pair(f"{old}self_attn.{part}_proj") for part in "qkv"]
-    qkv = graph.linear(h, f"{new}qkv", *_joined(parts), lora=True)
-    attended = _attention(graph, shape, number, graph.node("Reshape", qkv, outer))
-    flat = graph.node("Reshape", attended, "flat_heads")
-    o = graph.linear(flat, f"{new}o", *source.pair(f"{old}self_attn.o_proj"), lora=True)
+    parts = []
+    for part in "qkv":
+        pair = source.pair(f"{old}self_attn.{part}_proj")
+        y = graph.linear(h, f"{new}{part}", *pair, bits=bits.get(part), lora=True)
+        parts.append(graph.node("Reshape", y, outer))
+    flat = graph.node("Reshape", _attention(graph, shape, number, parts), "flat_heads")
+    o = graph.linear(flat, f"{new}o", *source.pair(f"{old}self_attn.o_proj"), bits=bits.get("o"), lora=True)
     gain = graph.constant(f"{new}norm2", source.numpy(f"{old}post_attention_layernorm.weight"))
     h, x = _normed(graph, shape, x, o, gain)
     gate = graph.linear(h, f"{new}gate", *source.pair(f"{old}mlp.gate_proj"), lora=True)
@@ -125,24 +132,14 @@ def _normed(graph: Graph, shape: Shape, x: str, change: str, gain: str) -> tuple
     return names[0], base
 
 
-def _attention(graph: Graph, shape: Shape, number: int, qkv: str) -> str:
+def _attention(graph: Graph, shape: Shape, number: int, parts: list[str]) -> str:
     """Grouped-query attention with rotary positions over the cache of layer `number`."""
     room: list[int | str] = ["rows", shape.kv_heads, "room", shape.width]
     past = [graph.input(f"past_{part}.{number}", "float32", room) for part in ("key", "value")]
     present = [f"present_{part}.{number}" for part in ("key", "value")]
     for name in present:
         graph.output(name, "float32", room)
-    inputs = [qkv, "", "", *past, "lengths", "total", "cosines", "sines"]
+    inputs = [*parts, *past, "lengths", "total", "cosines", "sines"]
     heads = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
     names = [f"attended.{number}", *present]
     return str(graph.node("GroupQueryAttention", *inputs, outputs=names, domain=CONTRIB, do_rotary=1, **heads)[0])
-
-
-def _joined(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Weights and biases of several linear layers of one input, one below the other."""
-    import torch
-
-    weight = torch.cat([weight for weight, _ in parts])
-    if all(bias is None for _, bias in parts):
-        return weight, None
-    return weight, torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias in parts])

@@ -1,9 +1,8 @@
 """Write an ONNX graph node by node, its weights streamed to one external data file, the same bytes every time.
 
 Linear layers are plain MatMul at 32 bits and MatMulNBits (com.microsoft, see ONNX Runtime's ContribOperators) at 8 and
-4 bits: weights (out, blocks of the input, bytes) with the lower half of a byte first, one float32 scale per block, and
-values around 2**(bits - 1). Any linear layer may get a LoRA pair as run-time inputs of rank 0 by default, so that a
-graph without an adapter adds nothing and an adapter of any rank is an input, no new export.
+4 bits, packed by `model.onnx_weights`. Any linear layer may get a LoRA pair as run-time inputs of rank 0 by default, so
+that a graph without an adapter adds nothing and an adapter of any rank is an input, no new export.
 """
 
 from __future__ import annotations
@@ -90,10 +89,10 @@ class Graph:
         else:
             from model.onnx_weights import pack
 
-            packed, scales = pack(weight, bits, self.block)
-            inputs = [x, self.constant(f"{name}.packed", packed), self.constant(f"{name}.scales", scales)]
+            stored = zip(("packed", "scales", "zeros"), pack(weight, bits, self.block), strict=True)
+            inputs = [x, *("" if array is None else self.constant(f"{name}.{part}", array) for part, array in stored)]
+            inputs += [] if plain is None else ["", plain]
             sizes = {"K": in_features, "N": out_features, "bits": bits, "block_size": self.block}
-            inputs += [] if plain is None else ["", "", plain]
             y = self.node("MatMulNBits", *inputs, domain=CONTRIB, accuracy_level=4, **sizes)
         return self._adapted(x, y, name, in_features, out_features) if lora else y
 

@@ -16,6 +16,7 @@ import numpy as np
 from model.llava import ModelError
 
 _STEP = 64  # the cache grows by so many positions
+_CHUNK = 256  # positions of a prompt that are run together: bounds the memory of the activations
 _SILENT = 4  # ONNX Runtime's log level "fatal": what matters is raised
 
 
@@ -153,6 +154,9 @@ class Decoder:
         Rows are the cache's lines from `first` on, with `held` positions in each; several rows only where `new` is 1.
         """
         rows, new, _ = embedded.shape
+        while rows == 1 and new > _CHUNK and wanted <= new - _CHUNK:
+            self.run(embedded[:, :_CHUNK], cache, first, held)
+            embedded, held, new = embedded[:, _CHUNK:], [held[0] + _CHUNK], new - _CHUNK
         lengths = np.asarray(held, np.int32) + np.int32(new - 1)
         places = (np.arange(rows)[:, None] * new + np.arange(new - wanted, new)).reshape(-1)
         inputs = {

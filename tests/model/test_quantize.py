@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from model import llava, manifest, onnx_decoder, onnx_vision, quantize
+from model import llava, manifest, onnx_decoder, onnx_session, onnx_vision, quantize
 from model.backend_choice import open_backend, why
 from model.backends import TorchBackend
 from model.llava import ModelError
@@ -27,9 +27,9 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed, so nothing can
 def test_packed_weights_are_close_and_better_than_plain_rounding(bits: int, bound: float, columns: int) -> None:
     weight = torch.randn(48, columns, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
-    packed, scales = pack(weight, bits, 32)
+    packed, scales, zeros = pack(weight, bits, 32)
     assert packed.shape == (48, -(-columns // 32), 32 * bits // 8) and packed.dtype == np.uint8
-    found = unpack(packed, scales, bits, columns)
+    found = unpack(packed, scales, zeros, bits, columns)
     assert (found[3] == 0).all()
     error = np.linalg.norm(found - weight.numpy()) / np.linalg.norm(weight)
     padded = torch.nn.functional.pad(weight, (0, -columns % 32)).reshape(48, -1, 32)
@@ -57,7 +57,9 @@ def test_the_runtime_reads_the_packed_weights_as_written(tiny: Path, tmp_path: P
     assert np.abs(found[0] - expected).max() < 0.02 * np.abs(expected).max()
 
 
-def test_the_float_graphs_give_the_logits_and_features_of_torch(tiny: Path, tmp_path: Path) -> None:
+def test_the_float_graphs_give_the_logits_and_features_of_torch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = OnnxBackend(quantized(tiny, tmp_path / "float", 32), device="cpu")
     loaded = llava.load(tiny, 32, device="cpu")
     core = loaded.core
@@ -68,11 +70,14 @@ def test_the_float_graphs_give_the_logits_and_features_of_torch(tiny: Path, tmp_
         assert np.abs(features - expected).max() < 1e-4
         embedded = torch.randn(1, 11, core.config.text_config.hidden_size)
         logits = core.lm_head(core.model.language_model(inputs_embeds=embedded).last_hidden_state).numpy()
+    monkeypatch.setattr(onnx_session, "_CHUNK", 3)
     cache = backend.decoder.cache()
     cache.ensure(1, 11)
     first = backend.decoder.run(embedded[:, :6].numpy(), cache, 0, [0], 6)
     second = backend.decoder.run(embedded[:, 6:].numpy(), cache, 0, [6], 5)
     assert np.abs(np.concatenate([first, second], 1) - logits).max() < 1e-3
+    pieces = backend.decoder.run(embedded.numpy(), cache, 0, [0], 2)
+    assert np.abs(pieces - logits[:, -2:]).max() < 1e-3
 
 
 def test_the_same_model_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
