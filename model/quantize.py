@@ -1,9 +1,9 @@
 """Write a quantized copy of a model folder for ONNX Runtime: graphs, embeddings, tokenizer and a manifest.
 
 The copy is made in a hidden folder beside the target and renamed when it is complete; a run that was cut off goes on
-with the parts that are finished. Weights are read layer by layer. The vision graph, `lm_head` and the attention's v
-and o keep 8 bits where the rest of the decoder has 4: a seventh more bytes, half the error of the logits. Adapters are no part of it, they are given at run
-time. Not covered: calibration on data (none is used), ready-made graphs of other programs.
+with the parts that are finished. Weights are read layer by layer. The vision graph, `lm_head` and the attention's v and
+o keep 8 bits where the rest of the decoder has 4: a tenth more bytes, half the error of the logits. Adapters are no
+part of it, they are given at run time. Not covered: calibration on data (none is used), graphs of other programs.
 """
 
 from __future__ import annotations
