@@ -37,6 +37,13 @@ def open_backend(
     return OnnxBackend(folder, adapter, device)
 
 
+def bits_of(folder: Path, asked: int | None = None) -> int:
+    """The bits to open a folder with: those asked for, else those it was quantized to, else 4. Raises ModelError."""
+    if asked is not None:
+        return asked
+    return int(manifest.read(folder)["bits"]) if manifest.is_quantized(folder) else 4
+
+
 def why(folder: Path) -> str:
     """Why a folder is opened with the backend it is opened with, in one sentence."""
     if manifest.is_quantized(folder):

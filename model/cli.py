@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from model import import_cli, measure_cli
+from model import canary_cli, import_cli, measure_cli, plan_cli, quantize_cli
 
 NOTICE = "Decision support, not a diagnosis."
 _FILE = click.Path(path_type=Path)
@@ -61,23 +61,25 @@ def main() -> None:
 @main.command()
 @click.argument("image", type=_FILE)
 @click.argument("question")
-@click.option("--bits", type=_BITS, default="4", show_default=True, help="Bits per weight.")
+@click.option("--bits", type=_BITS, help="Bits per weight [default: 4, or those of a quantized folder].")
 @click.option("--model", type=_FILE, help="Model folder [default: the reference model].")
 @click.option("--adapter", type=_FILE, help="LoRA adapter folder to put beside the model.")
 @click.option("--device", help="cpu, cuda or cuda:N [default: cuda where there is one].")
 @click.option("--frame", type=int, help="Frame of a multi-frame image [default: the middle one].")
 @click.option("--max-new-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
+@click.option("--reliance/--no-reliance", default=True, help="Ask once more with the picture hidden [default: yes].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 @plainly
 def ask(
     image: Path,
     question: str,
-    bits: str,
+    bits: str | None,
     model: Path | None,
     adapter: Path | None,
     device: str | None,
     frame: int | None,
     max_new_tokens: int,
+    reliance: bool,
     as_json: bool,
 ) -> None:
     """Ask QUESTION about IMAGE (PNG, JPEG, TIFF, WebP or DICOM) and say how the answer came about."""
@@ -85,11 +87,13 @@ def ask(
 
     folder = base(model)
     picture = images.read(image, frame=frame)  # a bad image is refused before the model is loaded
-    from model.backends import Answer, Request, Token, TorchBackend
+    from model.backend_choice import bits_of, open_backend
+    from model.backends import Answer, Request, Token
 
-    backend = TorchBackend(folder, int(bits), adapter, device)
+    backend = open_backend(folder, bits_of(folder, int(bits) if bits else None), adapter, device)
     answer: Answer | None = None
-    for item in backend.generate([Request(picture.rgb, question, max_new_tokens=max_new_tokens)]):
+    request = Request(picture.rgb, question, max_new_tokens=max_new_tokens, reliance=reliance)
+    for item in backend.generate([request]):
         if isinstance(item, tuple):
             answer = item[1]
         elif isinstance(item, Token) and not as_json:
@@ -124,6 +128,9 @@ def describe(answer: Any, static_bytes: int) -> str:
         f"memory       {static_bytes / 2**20:.1f} MiB weights, {answer.peak_bytes / 2**20:.0f} MiB peak",
         f"confidence   {answer.confidence:.3f} (the model's own probability of exactly this answer)",
     ]
+    if answer.reliance is not None:
+        change = f"{answer.reliance_nats:+.2f} nats with the picture against none"
+        lines.append(f"picture      {answer.reliance}: {change}, asked in {answer.reliance_seconds:.3f} s more")
     return "\n".join(lines)
 
 
@@ -133,7 +140,7 @@ def describe(answer: Any, static_bytes: int) -> str:
     "--data", "dataset", type=_FILE, required=True, help="SLAKE, VQA-RAD or LLaVA JSON, or a training folder."
 )
 @click.option("--images", type=_FILE, help="Folder of the images [default: found beside the data].")
-@click.option("--bits", type=_BITS, default="4", show_default=True, help="Bits per weight.")
+@click.option("--bits", type=_BITS, help="Bits per weight [default: 4, or those of a quantized folder].")
 @click.option("--adapter", type=_FILE, help="LoRA adapter folder to put beside the model.")
 @click.option(
     "--out", type=_FILE, required=True, help="Folder for answers.jsonl and report.json; resumed if it has some."
@@ -145,12 +152,14 @@ def describe(answer: Any, static_bytes: int) -> str:
 @click.option("--compare", type=_FILE, help="answers.jsonl of another run: report the flips from it to this one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, without a progress bar.")
 @plainly
-def evaluate(dataset: Path, bits: str, model: Path | None, as_json: bool, **options: Any) -> None:
+def evaluate(dataset: Path, bits: str | None, model: Path | None, as_json: bool, **options: Any) -> None:
     """Answer a dataset and score the answers strictly, with 95 % intervals over images."""
     folder = base(model)
+    from model.backend_choice import bits_of
     from model.evaluate import REPORT, Settings, run
 
-    settings = Settings(model=folder, data=dataset, bits=int(bits), progress=not as_json, **options)
+    wanted = bits_of(folder, int(bits) if bits else None)
+    settings = Settings(model=folder, data=dataset, bits=wanted, progress=not as_json, **options)
     report = run(settings)
     if as_json:
         click.echo(json.dumps(report))
@@ -228,7 +237,14 @@ def memory(
     click.echo(json.dumps(report) if as_json else f"{measure_cli.table(report['results'])}\n\nWritten to {out}.")
 
 
-for command in (import_cli.import_, import_cli.fetch, import_cli.list_):
+for command in (
+    import_cli.import_,
+    import_cli.fetch,
+    import_cli.list_,
+    quantize_cli.quantize,
+    canary_cli.canary,
+    plan_cli.plan,
+):
     main.add_command(command)
 
 

@@ -19,17 +19,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from model import data, files, metrics
+from model.backend_choice import open_backend
 from model.backends import Answer, Request, TorchBackend
 from model.data import Sample
 from model.metrics import Report, Row
 
+if TYPE_CHECKING:
+    from model.onnx_backend import OnnxBackend
+
 ANSWERS, MANIFEST, REPORT = "answers.jsonl", "run.json", "report.json"
-_PACKAGES = ("afya", "torch", "transformers", "peft", "bitsandbytes", "numpy")
+_PACKAGES = ("afya", "torch", "transformers", "peft", "bitsandbytes", "onnxruntime", "numpy")
 _GIB = 2**30
 
 
@@ -139,7 +143,7 @@ def run(settings: Settings) -> dict[str, Any]:
     compared = _answers(settings.compare)[0] if settings.compare else None
     references = rows(samples)
     metrics.match(references, [])  # ids that stand for two questions are refused before the work starts
-    backend = TorchBackend(settings.model, settings.bits, settings.adapter, settings.device)
+    backend = open_backend(settings.model, settings.bits, settings.adapter, settings.device)
     manifest = _manifest(settings, everything, backend)
     settings.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -165,7 +169,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return report
 
 
-def _manifest(settings: Settings, samples: Sequence[Sample], backend: TorchBackend) -> dict[str, Any]:
+def _manifest(settings: Settings, samples: Sequence[Sample], backend: TorchBackend | OnnxBackend) -> dict[str, Any]:
     """What must be the same for two runs to share a folder."""
     pictures = sorted({sample.image for sample in samples if isinstance(sample.image, Path)})
     digest = hashlib.sha256()
@@ -180,6 +184,7 @@ def _manifest(settings: Settings, samples: Sequence[Sample], backend: TorchBacke
         "base_sha256": backend.loaded.base_sha256,
         "adapter_sha256": backend.adapter_sha256,
         "bits": settings.bits,
+        "backend": backend.name,
         "device": backend.loaded.device,
         "max_new_tokens": settings.max_new_tokens,
         "data_sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -187,7 +192,9 @@ def _manifest(settings: Settings, samples: Sequence[Sample], backend: TorchBacke
     }
 
 
-def _measured(settings: Settings, backend: TorchBackend, answers: Sequence[Any], speed: dict[str, Any]) -> Any:
+def _measured(
+    settings: Settings, backend: TorchBackend | OnnxBackend, answers: Sequence[Any], speed: dict[str, Any]
+) -> Any:
     details = [row["metadata"] for row in answers]
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:

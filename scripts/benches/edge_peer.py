@@ -106,18 +106,25 @@ def _gguf_name(name: str) -> str | None:
     return f"blk.{number}.{_NAMES[part.removesuffix('.weight')]}.weight"
 
 
+def _opened(path: Path, room: int, threads: int) -> tuple[Any, Any]:
+    """Model (in memory, not mapped) and context with `room` positions."""
+    import llama_cpp
+
+    options = llama_cpp.llama_model_default_params()
+    options.use_mmap = False
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = room
+    settings.n_threads = settings.n_threads_batch = threads
+    return model, llama_cpp.llama_init_from_model(model, settings)
+
+
 def run(path: Path, prompts: Path, new: int, threads: int, logits: Path | None) -> None:
     """Time a GGUF file on the first prompt and write the last logits of every prompt."""
     import llama_cpp
 
     ids = np.load(prompts)
-    options = llama_cpp.llama_model_default_params()
-    options.use_mmap = False
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = ids.shape[1] + new + 8
-    settings.n_threads = settings.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(model, settings)
+    model, context = _opened(path, ids.shape[1] + new + 8, threads)
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def decode(tokens: list[int]) -> np.ndarray:
