@@ -141,6 +141,8 @@ class TorchBackend:
         self._free = threading.Condition()
         self._open = 0  # batches that are open: the adapter stays as it is until they are closed
         self._banned: list[int] | None = None
+        self._tidy = False  # freed memory was handed back after the first batch, which packs 4-bit weights
+        memory.give_back()
 
     @property
     def reason(self) -> str:
@@ -199,6 +201,9 @@ class TorchBackend:
         with self._free:
             self._open -= 1
             self._free.notify_all()
+            first, self._tidy = not self._tidy, True
+        if first:
+            memory.give_back()
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:

@@ -71,6 +71,17 @@ def reset_highest() -> bool:
     return True
 
 
+def give_back() -> bool:
+    """Hand memory that was freed in this process back to the system; False where the C library cannot.
+
+    glibc keeps what loading and packing weights freed: 650 MiB of 3.1 GiB for a 1.5B model at 4 bits on a CPU.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    return trim is not None and bool(trim(0))
+
+
 @contextmanager
 def peak(device: str) -> Iterator[Peak]:
     """Measure the block's peak on `device` ("cpu", "cuda", "cuda:N"): `with peak("cpu") as p: ...; p.bytes`."""

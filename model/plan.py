@@ -20,9 +20,9 @@ MIB, GIB = 2**20, 2**30
 # bitsandbytes 0.50. Measured on two x86-64 cores with the reference model, whose own activations are small, as the
 # highest resident set of one answer less the weights: 430 to 450 MiB at 4 and 8 bits, 380 at 16 and 32.
 PROCESS_BYTES = 450 * MIB
-# What loading and the first answer leave behind on a CPU, as a share of the weights; at 4 bits the fast kernel moreover
-# holds its weights twice while it packs them. Measured with a 1.5B model: 0.07 after loading, 0.15 covers the peak of
-# the first answer (3246 MiB at 4 bits, 3497 at 8; planned 3506 and 3568).
+# What the first answer takes on a CPU beyond the estimates, as a share of the weights; at 4 bits the fast kernel
+# moreover holds its weights twice while it packs them. Measured with a 1.5B model: peaks of 3025 MiB at 4 bits and
+# 3445 at 8, where 3506 and 3568 are planned.
 LOADING = 0.15
 # What Streamlit, pandas, Altair and the case database add in the kiosk's process; measured there: 136 MiB.
 KIOSK_BYTES = 140 * MIB

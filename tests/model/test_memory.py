@@ -32,6 +32,16 @@ def test_peak_sees_memory_that_is_gone_again() -> None:
     assert later.bytes < found.bytes - 32 * memory.MIB
 
 
+def test_freed_memory_can_be_handed_back() -> None:
+    held = [bytes(100_000) for _ in range(2000)]  # small enough to lie in the heap, where freeing alone returns nothing
+    before = memory.resident_bytes()
+    last = held.pop()
+    held.clear()
+    if memory.give_back():
+        assert memory.resident_bytes() < before - 100 * memory.MIB
+    assert len(last) == 100_000
+
+
 def test_describe_is_this_process() -> None:
     facts = memory.describe()
     assert int(facts["highest_bytes"]) >= int(facts["resident_bytes"]) * 0.9 > 0

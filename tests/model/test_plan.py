@@ -47,9 +47,9 @@ def test_a_real_process_stays_under_what_was_planned(bits: int) -> None:
 
 def test_a_model_of_true_size_stays_under_what_was_planned() -> None:
     """Peaks of one answer measured on two x86-64 cores with random weights of TinyLLaVA-1.5B, in MiB."""
-    for bits, peak in ((4, 3246), (8, 3497)):
+    for bits, peak in ((4, 3025), (8, 3445)):
         one = plan.choice("x", SMALL, bits, "cpu", 8 * plan.GIB, kiosk=False)
-        assert peak <= (one.needed - plan.SYSTEM_BYTES - KEEP_BYTES) / plan.MIB <= 1.1 * peak
+        assert peak <= (one.needed - plan.SYSTEM_BYTES - KEEP_BYTES) / plan.MIB <= 1.2 * peak
 
 
 def test_the_parts_are_those_of_the_published_shapes() -> None:
