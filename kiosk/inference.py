@@ -51,12 +51,11 @@ def make_backend(settings: Settings) -> "Backend":
 
     Takes seconds; raises with one plain sentence.
     """
-    from model import canary
-    from model.backends import TorchBackend
+    from model import backend_choice, canary, manifest
     from model.presets import reference_path
 
     folder = Path(settings.model).expanduser() if settings.model else reference_path()
-    backend = TorchBackend(folder, settings.bits)
+    backend = backend_choice.open_backend(folder, None if manifest.is_quantized(folder) else settings.bits)
     canary.require(canary.check(backend, folder))
     return backend
 
@@ -211,7 +210,7 @@ class Engine:
 
         if self._batch is None:
             self._batch = open_batch(backend)
-            self._capacity, self._joins = self._batch.capacity, getattr(self._batch, "joins", 1)
+            self._capacity, self._joins = getattr(self._batch, "capacity", 8), getattr(self._batch, "joins", 1)
         for job in jobs:
             job.started = time.monotonic()
         self._batch.add([(job.turn_id, job.request) for job in jobs])
