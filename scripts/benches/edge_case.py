@@ -5,7 +5,6 @@ engines are held against, `whole` goes from a picture to its first token.
 """
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def main() -> None:
 @click.option("--logits", type=_PATH)
 def decoder(folder: Path, prompts: Path, new: int, logits: Path | None) -> None:
     """Time the decoder of a quantized FOLDER on the first prompt; last logits of every prompt into --logits."""
-    from model import onnx_session
+    from model import memory, onnx_session
 
     shape = json.loads((folder / "manifest.json").read_text())["decoder"]
     session = onnx_session.open_session(folder / "decoder.onnx", "cpu", onnx_session.threads())
@@ -50,7 +49,7 @@ def decoder(folder: Path, prompts: Path, new: int, logits: Path | None) -> None:
             for count in range(new):
                 last = run.run(words.rows([int(last.argmax())])[None], cache, 0, [len(prompt) + count])[0, -1]
             facts = {"first_token_seconds": first, "tokens_per_second": new / (time.perf_counter() - began)}
-            facts["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+            facts["peak_rss_mb"] = memory.highest_resident_bytes() / 1e6
         if logits is None:
             break
     if logits is not None:
@@ -86,6 +85,7 @@ def reference(model: Path, prompts: Path, logits: Path) -> None:
 @click.option("--new", default=8, help="Tokens of an answer.")
 def whole(folder: Path, bits: int, times: int, new: int) -> None:
     """The whole model, from a picture to its answer; each time another picture."""
+    from model import memory
     from model.backends import Backend, Request, TorchBackend
     from model.onnx_backend import OnnxBackend
 
@@ -102,7 +102,7 @@ def whole(folder: Path, bits: int, times: int, new: int) -> None:
     warm = slice(1, None) if times > 1 else slice(None)
     facts = {"open_seconds": opened, "cold_first_token_seconds": firsts[0]}
     facts |= {"first_token_seconds": float(np.median(firsts[warm])), "answer_seconds": float(np.median(alls[warm]))}
-    _told(facts | {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3})
+    _told(facts | {"peak_rss_mb": memory.highest_resident_bytes() / 1e6})
 
 
 def _told(facts: dict[str, float]) -> None:
