@@ -36,6 +36,15 @@ def test_each_precision_is_measured_and_written_down(tiny: Path, tmp_path: Path)
         assert row["metadata"]["memory_usage"] == pytest.approx(row["metadata"]["peak_bytes"] / 2**30)
 
 
+def test_both_backends_are_measured_side_by_side(tiny: Path, tmp_path: Path) -> None:
+    command = ["memory", "--model", str(tiny), "--backend", "torch,onnx", "--bits", "16,4", "--limit", "2"]
+    done = CliRunner().invoke(main, [*command, "--max-new-tokens", "3", "--out", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    found = [(row["backend"], row["bits"]) for row in json.loads(done.stdout)["results"]]
+    assert found == [("torch", 16), ("torch", 4), ("onnx", 4)]
+    assert (tmp_path / "quantized-4/manifest.json").is_file()
+
+
 def test_a_model_that_cannot_be_loaded_is_one_sentence_with_its_log(tmp_path: Path) -> None:
     command = ["memory", "--model", str(tmp_path / "nowhere"), "--bits", "8", "--out", str(tmp_path / "o")]
     done = CliRunner().invoke(main, command)
