@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +21,8 @@ from model import attach, llava, memory
 
 if TYPE_CHECKING:
     from model.batching import TorchBatch
+    from model.cuda_batch import GraphBatch, Recorded
+    from model.decode import Batch
 
 KEEP_BYTES = 256 * 2**20  # keys and values kept of conversations: seven on a 1.5B model in float32
 _BUSY_SECONDS = 120  # how long an adapter swap waits for the answers in progress
@@ -121,9 +123,14 @@ class TorchBackend:
         device: str | None = None,
         *,
         keep_bytes: int = KEEP_BYTES,
+        recorded: bool = True,
     ) -> None:
-        """Load the model folder; raises ModelError or AdapterRejected with one plain sentence."""
-        self._setup(llava.load(model, bits, adapter=adapter, device=device), keep_bytes)
+        """Load the model folder; raises ModelError or AdapterRejected with one plain sentence.
+
+        `recorded`: decode on a CUDA device by recorded steps where the model allows it (`model.cuda_decoder`).
+        """
+        loaded = llava.load(model, bits, adapter=adapter, device=device)
+        self._setup(loaded, keep_bytes, recorded and loaded.device.startswith("cuda"))
 
     @classmethod
     def wrap(cls, loaded: llava.Loaded, *, keep_bytes: int = 0) -> TorchBackend:
@@ -132,10 +139,18 @@ class TorchBackend:
         self._setup(loaded, keep_bytes)
         return self
 
-    def _setup(self, loaded: llava.Loaded, keep_bytes: int) -> None:
+    def _setup(self, loaded: llava.Loaded, keep_bytes: int, record: bool = False) -> None:
         from model.prefix_cache import PrefixCache
 
         self.loaded = loaded
+        self._recorded: Recorded | None = None  # made for the adapter that answers, at the first question
+        self._record = record
+        if record:
+            from model.cuda_decoder import unsuitable
+
+            why = unsuitable(loaded.core)
+            how = f"tokens one by one by PyTorch: {why}." if why else "tokens by recorded steps."
+            self._record, self.loaded = not why, replace(loaded, reason=f"{loaded.reason[:-1]}; {how}")
         self.kept = PrefixCache(keep_bytes)
         self._lock = threading.RLock()  # held while something is computed
         self._free = threading.Condition()
@@ -172,6 +187,7 @@ class TorchBackend:
                     self.loaded = attach.swap(self.loaded, folder)
                 finally:
                     self.kept.clear()
+                    self._recorded = None
 
     def prepare(self, image: np.ndarray) -> None:
         """Compute what every question about this picture needs, before one is asked. Raises RequestRefused."""
@@ -195,6 +211,17 @@ class TorchBackend:
         except BaseException:
             self.leave()
             raise
+
+    def open_rows(self) -> Batch | GraphBatch:
+        """Empty rows for a batch: recorded steps where the device and the model allow them."""
+        from model import cuda_batch, decode
+
+        if not self._record:
+            return decode.Batch(self.loaded.core, self.banned_ids())
+        with self._lock:
+            if self._recorded is None:
+                self._recorded = cuda_batch.Recorded(self.loaded.core, self.banned_ids())
+        return cuda_batch.GraphBatch(self._recorded)
 
     def leave(self) -> None:
         """A batch was closed."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model import decode, memory, prefix_cache, reliance
+from model.answer_text import AnswerText
 from model.backends import Answer, Backend, Request, RequestRefused, Token
 from model.prompts import encode
 
@@ -33,10 +34,10 @@ class _Asked:
     request: Request
     picture: str  # its digest, "" where nothing is kept
     began: float
+    text: AnswerText
     prompt: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     log_probability: float = 0.0
-    told: str = ""
     first: float = 0.0
     dropped: int = 0
 
@@ -58,7 +59,7 @@ class TorchBatch:
         self._closed = False
         self.joins = self.capacity if self._loaded.device.startswith("cuda") else 1
         memory.start(self._loaded.device)
-        self._rows = decode.Batch(self._loaded.core, backend.banned_ids())
+        self._rows = backend.open_rows()
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ class TorchBatch:
                 asked.log_probability += math.log(step.probability) if step.probability else -math.inf
                 asked.first = asked.first or now
                 asked.ids.append(step.token)
-                if piece := self._piece(asked, final=bool(step.finished)):
+                if piece := asked.text.add(step.token, final=bool(step.finished)):
                     found.append(Token(step.index, piece))
                 if step.finished:
                     found.append((step.index, self._finish(step.index, now, step.finished)))
@@ -110,10 +111,12 @@ class TorchBatch:
         if not self._closed:
             self._closed = True
             self._asked.clear()
+            self._rows.close()
             self._backend.leave()
 
     def _described(self, request: Request, began: float) -> _Asked:
-        return _Asked(request, prefix_cache.digest(request.image) if self._keep else "", began)
+        picture = prefix_cache.digest(request.image) if self._keep else ""
+        return _Asked(request, picture, began, AnswerText(self._loaded.processor.tokenizer))
 
     def _prefixes(self, asked: dict[int, _Asked]) -> dict[int, decode.Layers]:
         """The keys and values that each prompt begins with, kept or computed now; fills in the prompts."""
@@ -125,10 +128,13 @@ class TorchBatch:
                 layers = kept.longest(row.picture, row.prompt, decode.head_length(core, row.prompt))
                 if layers is not None:
                     found[number] = layers
-        return found | self._computed({number: row for number, row in asked.items() if number not in found})
+        return found | self._computed({number: row for number, row in asked.items() if number not in found}, True)
 
-    def _computed(self, asked: dict[int, _Asked]) -> dict[int, decode.Layers]:
-        """The head (all up to the picture, included) of requests about pictures that are not kept."""
+    def _computed(self, asked: dict[int, _Asked], asking: bool = False) -> dict[int, decode.Layers]:
+        """The head (all up to the picture, included) of requests about pictures that are not kept.
+
+        A single request that is `asking`: all but its last token, so that its prompt is computed in one go.
+        """
         if not asked:
             return {}
         core = self._loaded.core
@@ -137,7 +143,7 @@ class TorchBatch:
         for row in asked.values():
             row.prompt, row.dropped = self._prompt(row.request, int(features.shape[1]))
         prompt = next(iter(asked.values())).prompt
-        head = prompt[: decode.head_length(core, prompt)]
+        head = prompt[:-1] if asking and len(asked) == 1 else prompt[: decode.head_length(core, prompt)]
         layers = decode.heads(core, features, head)
         found = {n: decode.cut(layers, 0, len(head), owner) for n, owner in zip(asked, owners, strict=True)}
         for number, row in asked.items():
@@ -156,21 +162,14 @@ class TorchBatch:
                 return ids, dropped
         raise RequestRefused(f"The question is too long: {len(ids)} tokens, at most {room} fit; shorten it.")
 
-    def _piece(self, row: _Asked, final: bool) -> str:
-        """What can be shown now that could not before; a character still incomplete waits for its other bytes."""
-        text = self._loaded.processor.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
-        if text.endswith("\ufffd") and not final:
-            return ""
-        piece, row.told = text[len(row.told) :], text
-        return piece
-
     def _finish(self, number: int, seconds: float, why: str) -> Answer:
         row, loaded = self._asked.pop(number), self._loaded
         if row.picture:
-            self._backend.kept.keep(row.picture, [*row.prompt, *row.ids[:-1]], self._rows.layers(number))
+            ids = [*row.prompt, *row.ids[:-1]]
+            self._backend.kept.keep(row.picture, ids, self._rows.layers(number), owned=True)
         nats, mark, cost = self._reliance(row) if row.request.reliance else (None, None, 0.0)
         return Answer(
-            text=row.told,
+            text=row.text.told,
             confidence=math.exp(row.log_probability),
             image_reliant=reliance.flag(mark),
             tokens=len(row.ids),
@@ -194,11 +193,9 @@ class TorchBatch:
     def _reliance(self, row: _Asked) -> tuple[float, str, float]:
         """Nats, mark and seconds of the pass with the picture blanked."""
         began = time.perf_counter()
-        grey = _Asked(Request(reliance.blank(row.request.image), "-"), "", began)
+        grey = self._described(Request(reliance.blank(row.request.image), "-"), began)
         core = self._loaded.core
         least = decode.head_length(core, row.prompt)
-        if self._keep:
-            grey.picture = prefix_cache.digest(grey.request.image)
         layers = self._backend.kept.longest(grey.picture, row.prompt, least) if grey.picture else None
         layers = layers or self._computed({0: grey})[0]
         without = reliance.continued(core, layers, row.prompt, row.ids, self._backend.banned_ids())

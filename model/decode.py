@@ -135,6 +135,26 @@ def _padded(tensor: Any, columns: int) -> Any:
     return torch.nn.functional.pad(tensor, sides) if columns else tensor
 
 
+def prefill(core: Any, rows: Sequence[Row]) -> tuple[Any, Layers, Any]:
+    """Mask, keys and values, and last hidden states of rows that join; both parts of a row are padded on the left."""
+    import torch
+
+    held = [length(row.prefix) for row in rows]
+    rests = [list(row.prompt[count:]) for row, count in zip(rows, held, strict=True)]
+    most, longest = max(held), max(map(len, rests))
+    padded = [[[_padded(part, most - length(row.prefix)) for part in pair] for pair in row.prefix] for row in rows]
+    first = [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in zip(*padded, strict=True)]
+    pad = core.config.text_config.pad_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=core.device)
+    mask = [
+        [0] * (most - count) + [1] * count + [0] * (longest - len(rest)) + [1] * len(rest)
+        for count, rest in zip(held, rests, strict=True)
+    ]
+    cache, seen = _cache(first), torch.tensor(mask, device=core.device)
+    hidden = states(core, core.get_input_embeddings()(ids), seen, cache)[:, -1]
+    return seen, _layers(cache), hidden
+
+
 class Batch:
     """Rows decoded together. `banned` ids are never chosen, ending ones excepted."""
 
@@ -164,19 +184,18 @@ class Batch:
             return
         with torch.no_grad():
             self._catch_up()
-            mask, cache, hidden = self._prefill(rows)
+            mask, layers, hidden = prefill(self._core, rows)
             if self._active:
                 wide, old = mask.shape[1], self._mask.shape[1]
                 more, less = max(0, old - wide), max(0, wide - old)
-                pairs = zip(_layers(self._cache), _layers(cache), strict=True)
-                merged = [
+                pairs = zip(_layers(self._cache), layers, strict=True)
+                layers = [
                     tuple(torch.cat([_padded(a, less), _padded(b, more)]) for a, b in zip(mine, theirs, strict=True))
                     for mine, theirs in pairs
                 ]
-                cache = _cache(merged)
                 mask = torch.cat([_padded(self._mask, less), _padded(mask, more)])
                 hidden = torch.cat([self._hidden, hidden])
-        self._mask, self._cache, self._hidden = mask, cache, hidden
+        self._mask, self._cache, self._hidden = mask, _cache(layers), hidden
         for row in rows:
             self._active.append(row.index)
             self._tokens[row.index], self._left[row.index] = None, row.limit
@@ -206,30 +225,16 @@ class Batch:
         """Stop decoding a row; a row that has ended or never joined is no error."""
         self._tokens.pop(index, None)
 
+    def close(self) -> None:
+        """Free what the rows hold."""
+        self._tokens = {}
+        self._select([])
+
     def layers(self, index: int) -> Layers:
-        """Keys and values of a row's prompt and answer, its last token excepted; until the next `step` or `join`."""
+        """A copy of the keys and values of a row (not of its last token); ask before the next step."""
         place = self._active.index(index)
         real = self._mask[place].bool()
         return [(k[place : place + 1, :, real], v[place : place + 1, :, real]) for k, v in _layers(self._cache)]
-
-    def _prefill(self, rows: Sequence[Row]) -> tuple[Any, Any, Any]:
-        """Mask, cache and last hidden states of rows that join; both parts of a row are padded on the left."""
-        import torch
-
-        core = self._core
-        held = [length(row.prefix) for row in rows]
-        rests = [list(row.prompt[count:]) for row, count in zip(rows, held, strict=True)]
-        most, longest = max(held), max(map(len, rests))
-        padded = [[[_padded(part, most - length(row.prefix)) for part in pair] for pair in row.prefix] for row in rows]
-        first = [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in zip(*padded, strict=True)]
-        pad = core.config.text_config.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=core.device)
-        mask = [
-            [0] * (most - count) + [1] * count + [0] * (longest - len(rest)) + [1] * len(rest)
-            for count, rest in zip(held, rests, strict=True)
-        ]
-        cache, seen = _cache(first), torch.tensor(mask, device=core.device)
-        return seen, cache, states(core, core.get_input_embeddings()(ids), seen, cache)[:, -1]
 
     def _catch_up(self) -> None:
         """Drop the rows that ended and run the tokens that were chosen but not run yet."""

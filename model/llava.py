@@ -1,9 +1,9 @@
 """Load a LLaVA model at 32, 16, 8 or 4 bits on a CPU or a CUDA device, with a LoRA adapter beside it (never merged).
 
-Which parts are quantized: every linear layer of decoder, projector and vision tower whose shape the 4-bit CPU kernel
-takes (`in_features` a multiple of 64, `out_features` of 32). Embeddings, norms, the patch convolution and `lm_head`
-keep the compute type. The choice depends on the model alone, never on the machine: all clinics of a federation must
-hold the same base. 4 bits is NF4 with double quantization, 8 bits LLM.int8.
+Which parts are quantized: every linear layer of decoder, projector and vision tower whose weights fill blocks of 64.
+Embeddings, norms, the patch convolution and `lm_head` keep the compute type. The choice depends on the model alone,
+never on the machine: all clinics of a federation must hold the same base. 4 bits is NF4 with double quantization,
+8 bits LLM.int8.
 
 Nothing is fetched: only local folders are read. Putting adapters beside the model: `model.attach`. Does not cover
 converting published checkpoints or ONNX.
@@ -29,6 +29,8 @@ _HASHED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 # Evidence, not the model:
 _UNHASHED = ("import.json", "release.json", "report.json", "training.json", "trainer_state.json")
 KEPT = ("lm_head",)  # full names of layers, or of parts with a trailing dot, that are never quantized
+_PACKED = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of that kernel
+_BLOCK = 64  # weights that share a scale
 _IN_MULTIPLE, _OUT_MULTIPLE = 64, 32  # what the packed 4-bit CPU kernel of bitsandbytes takes
 
 
@@ -244,13 +246,13 @@ def unquantized(config: Any) -> list[str]:
         for name, layer in linears
         if name in KEPT
         or name.startswith(tuple(part for part in KEPT if part.endswith(".")))
-        or layer.in_features % _IN_MULTIPLE
-        or layer.out_features % _OUT_MULTIPLE
+        or (layer.in_features * layer.out_features) % _BLOCK
     ]
 
 
 def contiguous_inputs(network: Any) -> None:
-    """Hand quantized layers contiguous inputs: the packed 4-bit CPU kernel reads anything else as other numbers.
+    """Guard the packed 4-bit CPU kernel: contiguous inputs, for it reads anything else as other numbers, and only
+    layers whose shape it takes; the others are unpacked for each product.
 
     A vision tower's transposed patch positions reach the projector so; with one picture the features came out wrong
     (relative error 1.4 instead of 0.003, bitsandbytes 0.50.2) and nothing said so.
@@ -260,6 +262,8 @@ def contiguous_inputs(network: Any) -> None:
     for layer in network.modules():
         if isinstance(layer, (Linear4bit, Linear8bitLt)):
             layer.register_forward_pre_hook(_contiguous)
+        if hasattr(layer, _PACKED) and (layer.in_features % _IN_MULTIPLE or layer.out_features % _OUT_MULTIPLE):
+            setattr(layer, _PACKED, False)
 
 
 def _contiguous(_layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -269,5 +273,5 @@ def _contiguous(_layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def keep_gradients(network: Any) -> None:
     """Switch off the packed 4-bit CPU kernel: after an answer in eval mode it would silently give no gradients."""
     for layer in network.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, _PACKED):
+            setattr(layer, _PACKED, False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model import memory, reliance
+from model.answer_text import AnswerText
 from model.backends import Answer, Request, RequestRefused, Token
 from model.batching import Items, check
 from model.prefix_cache import common, digest
@@ -35,16 +36,21 @@ class _Row:
     began: float
     prompt: list[int]
     dropped: int
+    text: AnswerText
     held: list[int] = field(default_factory=list)
     scores: Any = None
     ids: list[int] = field(default_factory=list)
     log_probability: float = 0.0
-    told: str = ""
     first: float = 0.0
 
 
 class OnnxBatch:
-    """The rows that an OnnxBackend answers together. Made by `OnnxBackend.open_batch`; close it after use."""
+    """The rows that an OnnxBackend answers together. Made by `OnnxBackend.open_batch`; close it after use.
+
+    `capacity` and `joins` are those of `model.batching.TorchBatch`.
+    """
+
+    capacity, joins = 8, 1
 
     def __init__(self, backend: OnnxBackend, keep: bool) -> None:
         """An empty batch; `keep`: use and extend what is kept of earlier conversations."""
@@ -98,7 +104,7 @@ class OnnxBatch:
                 row.scores = None
                 ended = token in self._loaded.end_ids
                 why = "stop" if ended else "length" if len(row.ids) >= row.request.max_new_tokens else ""
-                if piece := self._piece(row, final=bool(why)):
+                if piece := row.text.add(token, final=bool(why)):
                     found.append(Token(row.number, piece))
                 if why:
                     found.append((row.number, self._finish(row, now, why)))
@@ -120,7 +126,8 @@ class OnnxBatch:
 
     def _described(self, number: int, request: Request, began: float) -> _Row:
         ids, dropped = self._prompt(request)
-        return _Row(number, request, digest(request.image), began, ids, dropped)
+        text = AnswerText(self._loaded.tokenizer)
+        return _Row(number, request, digest(request.image), began, ids, dropped, text)
 
     def _prompt(self, request: Request) -> tuple[list[int], int]:
         """Token ids of a request, and how many of the oldest turns were left out because all would not fit."""
@@ -184,14 +191,6 @@ class OnnxBatch:
             self._cache.move(len(self._rows), place, len(last.held))
             self._rows[place] = last
 
-    def _piece(self, row: _Row, final: bool) -> str:
-        """What can be shown now that could not before; a character still incomplete waits for its other bytes."""
-        text = self._loaded.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
-        if text.endswith("\ufffd") and not final:
-            return ""
-        piece, row.told = text[len(row.told) :], text
-        return piece
-
     def _finish(self, row: _Row, seconds: float, why: str) -> Answer:
         loaded = self._loaded
         if self._keep:
@@ -199,7 +198,7 @@ class OnnxBatch:
         nats, mark, cost = self._reliance(row) if row.request.reliance else (None, None, 0.0)
         self._leave(row)
         return Answer(
-            text=row.told,
+            text=row.text.told,
             confidence=math.exp(row.log_probability),
             image_reliant=reliance.flag(mark),
             tokens=len(row.ids),

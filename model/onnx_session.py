@@ -1,12 +1,15 @@
 """ONNX Runtime sessions of a quantized folder: the vision graph, the decoder with its cache, the embedding table.
 
 The cache of a row is written in place: the graph's past and present are the same memory, so a token costs no copy.
-Threads that wait sleep. The graphs are those of `model.onnx_decoder` and `model.onnx_vision`.
+Threads spin while a run lasts and sleep between runs. The graphs are those of `model.onnx_decoder` and
+`model.onnx_vision`.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import numpy as np
 from model.llava import ModelError
 
 _STEP = 64  # the cache grows by so many positions
-_CHUNK = 256  # positions of a prompt that are run together: bounds the memory of the activations
+_CHUNK = 128  # positions of a prompt that are run together: bounds the memory of the activations
 _SILENT = 4  # ONNX Runtime's log level "fatal": what matters is raised
 
 
@@ -52,7 +55,8 @@ def open_session(path: Path, device: str | None, count: int) -> Any:
     wanted, _ = providers(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = count, _SILENT
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")  # a token is 300 short products...
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # ...but nobody spins between two runs
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     onnxruntime.set_default_logger_severity(_SILENT)
     try:
@@ -73,13 +77,24 @@ class Embeddings:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
         tensor = header["embeddings"]
-        kind = {"F16": np.float16, "F32": np.float32}[tensor["dtype"]]
-        begin = 8 + size + tensor["data_offsets"][0]
-        self.table: np.ndarray = np.memmap(path, kind, "r", begin, tuple(tensor["shape"]))
+        self._kind = np.dtype({"F16": np.float16, "F32": np.float32}[tensor["dtype"]])
+        self._begin = 8 + size + tensor["data_offsets"][0]
+        self.shape = int(tensor["shape"][0]), int(tensor["shape"][1])
+        self._file, self._lock = open(path, "rb", buffering=0), threading.Lock()  # noqa: SIM115 - closed below
+        weakref.finalize(self, self._file.close)
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        """(ids, hidden) float32."""
-        return np.asarray(self.table[np.asarray(ids, np.int64)], np.float32)
+        """(ids, hidden) float32. Read, not mapped: a page fault brings 16 pages, all counted as this process's."""
+        places, width = np.asarray(ids, np.int64), self.shape[1] * self._kind.itemsize
+        if places.size and not 0 <= places.min() <= places.max() < self.shape[0]:
+            raise IndexError(f"Token ids go from 0 to {self.shape[0] - 1}.")
+        with self._lock:
+            parts = [self._row(int(place) * width, width) for place in places]
+        return np.frombuffer(b"".join(parts), self._kind).astype(np.float32).reshape(len(places), -1)
+
+    def _row(self, start: int, width: int) -> bytes:
+        self._file.seek(self._begin + start)
+        return self._file.read(width)
 
 
 class Cache:

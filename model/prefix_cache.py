@@ -25,11 +25,7 @@ class Kept:
     picture: str
     ids: tuple[int, ...]
     layers: Layers
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(part.numel() * part.element_size() for pair in self.layers for part in pair)
+    bytes: int  # of keys and values
 
 
 def digest(picture: np.ndarray) -> str:
@@ -39,10 +35,15 @@ def digest(picture: np.ndarray) -> str:
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
     """How many ids two sequences have in common from the start."""
-    for place, (a, b) in enumerate(zip(first, second, strict=False)):
-        if a != b:
-            return place
-    return min(len(first), len(second))
+    first, second = tuple(first), tuple(second)
+    same, most = 0, min(len(first), len(second))
+    while same < most:  # halving: comparing slices is much faster than comparing ids one by one
+        middle = (same + most + 1) // 2
+        if first[same:middle] == second[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same
 
 
 class PrefixCache:
@@ -51,12 +52,8 @@ class PrefixCache:
     def __init__(self, limit: int) -> None:
         """An empty cache."""
         self.limit = limit
+        self.bytes = 0  # held now
         self._entries: OrderedDict[tuple[str, tuple[int, ...]], Kept] = OrderedDict()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes held now."""
-        return sum(entry.bytes for entry in self._entries.values())
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -77,19 +74,26 @@ class PrefixCache:
         self._entries.move_to_end((best.picture, best.ids))
         return cut(best.layers, 0, size)
 
-    def keep(self, picture: str, ids: Sequence[int], layers: Layers) -> None:
-        """Keep a copy of the layers of these ids; entries that only hold the beginning of the same row go."""
+    def keep(self, picture: str, ids: Sequence[int], layers: Layers, *, owned: bool = False) -> None:
+        """Keep the layers of these ids, a copy unless `owned`; entries that only hold a row's beginning go."""
         if not self.limit:
             return
         whole = tuple(ids)
         for key, entry in list(self._entries.items()):
             if entry.picture == picture and entry.ids == whole[: len(entry.ids)]:
-                del self._entries[key]
-        copied = [(keys.detach().clone(), values.detach().clone()) for keys, values in layers]
-        self._entries[picture, whole] = Kept(picture, whole, copied)
+                self._drop(key)
+        if not owned:
+            layers = [(keys.detach().clone(), values.detach().clone()) for keys, values in layers]
+        size = sum(part.numel() * part.element_size() for pair in layers for part in pair)
+        self._entries[picture, whole] = Kept(picture, whole, layers, size)
+        self.bytes += size
         while len(self._entries) > 1 and self.bytes > self.limit:
-            self._entries.popitem(last=False)
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: tuple[str, tuple[int, ...]]) -> None:
+        self.bytes -= self._entries.pop(key).bytes
 
     def clear(self) -> None:
         """Forget everything; call when the weights or the adapter change."""
         self._entries.clear()
+        self.bytes = 0

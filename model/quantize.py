@@ -26,7 +26,7 @@ from model.llava import ModelError
 from model.onnx_graph import Graph
 from model.onnx_source import Source, config, end_ids
 
-BITS, BLOCKS = (4, 8, 32), (32, 64, 128)
+BITS, BLOCKS = (4, 8, 32), (32, 64, 128, 256)
 DONE = "finished.json"
 _COPIED = ("config.json", "generation_config.json", "afya.json", "chat_template.jinja")
 _COPIED_KINDS = ("token", "special", "processor", "preprocessor", "added", "vocab", "merges")
@@ -45,7 +45,7 @@ class Plan:
     attention_bits: int
 
 
-def plan(bits: int, block: int = 32) -> Plan:
+def plan(bits: int, block: int = 128) -> Plan:
     """A plan with its defaults; 32 bits quantize nothing. Raises ModelError for what is not offered."""
     inner = 32 if bits == 32 else 8
     found = Plan(bits, block, inner, inner, inner)

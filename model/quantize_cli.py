@@ -19,7 +19,7 @@ _MIB = 2**20
 @click.argument("model", type=_FILE)
 @click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--bits", type=click.Choice(["8", "4"]), default="4", show_default=True, help="Bits per decoder weight.")
-@click.option("--block", type=click.Choice(["32", "64", "128"]), default="32", show_default=True,
+@click.option("--block", type=click.Choice(["32", "64", "128", "256"]), default="128", show_default=True,
               help="Weights that share a scale (onnx): more are faster, fewer more accurate.")  # fmt: skip
 @click.option("--out", required=True, type=_FILE, help="Folder to write; an unfinished one is continued.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")

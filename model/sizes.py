@@ -1,7 +1,7 @@
 """How many parameters a LLaVA model has and how many bytes they take at 32, 16, 8 and 4 bits, by arithmetic alone.
 
-Counts what `model.llava` loads: every linear layer of decoder, projector and tower whose shape the 4-bit kernel takes
-is quantized; embeddings, norms, the patch convolution, `lm_head` and the other linears keep 16 (or 32) bits. Works on
+Counts what `model.llava` loads: every linear layer of decoder, projector and tower whose weights fill blocks of 64 is
+quantized; embeddings, norms, the patch convolution, `lm_head` and the other linears keep 16 (or 32) bits. Works on
 the content of a config.json, so that no weights and no torch are needed.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_IN_MULTIPLE, _OUT_MULTIPLE = 64, 32  # model.llava's rule
 _BLOCK, _SECOND_BLOCK = 64, 256  # weights with one scale, scales with one scale of their own (NF4, double)
 _TABLES = 16 * 4 + 256 * 4 + 4  # code books of both steps and the mean of the scales, per layer
 
@@ -29,7 +28,7 @@ class Linear:
     @property
     def quantized(self) -> bool:
         """Whether 8 and 4 bits apply to it."""
-        return not (self.fixed or self.inputs % _IN_MULTIPLE or self.outputs % _OUT_MULTIPLE)
+        return not (self.fixed or self.inputs * self.outputs % _BLOCK)
 
 
 def _decoder(text: dict[str, Any]) -> Iterator[Linear]:

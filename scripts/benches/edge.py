@@ -30,20 +30,29 @@ _PROMPT = 793  # tokens: a SigLIP picture (729) and 64 of text
 
 @click.command()
 @click.option("--out", type=_PATH, required=True, help="JSON file for the results.")
+@click.option("--gpu", is_flag=True, help="The rows of a GPU instead (scripts.benches.edge_gpu); needs 40 GB of disk.")
 @click.option("--preset", default="tinyllava-1.5b", show_default=True)
 @click.option("--pairs", default=5, show_default=True, help="Times that each engine runs.")
 @click.option("--prompts", default=3, show_default=True, help="Prompts over which accuracy is compared.")
 @click.option("--new", default=64, show_default=True, help="Tokens of an answer.")
-@click.option("--block", type=click.Choice(["32", "64", "128"]), default="32", show_default=True)
+@click.option("--block", type=click.Choice(["32", "64", "128", "256"]), default="128", show_default=True)
 @click.option("--bits", type=click.Choice(["4", "8"]), multiple=True, default=("4", "8"), show_default=True)
 @click.option("--peer-python", type=_PATH, help="Python with llama-cpp-python and gguf [default: one is made].")
 @click.option("--whole/--decoder-only", default=True, help="Also the whole model, picture to first token.")
+@click.option("--data", type=_PATH, help="Also score the trained model on these rows at every bits and backend.")
+@click.option("--images", type=_PATH, help="Folder of their pictures.")
+@click.option("--trained", type=_PATH, help="The trained model [default: the reference model].")
 @click.option("--work", type=_PATH, help="Folder for the models (about 10 GB) [default: a temporary one].")
 def main(**options: Any) -> None:
     """Measure the quantized model on this computer's processor beside its peers."""
     with tempfile.TemporaryDirectory() as folder:
         place = options["work"] or Path(folder)
         place.mkdir(parents=True, exist_ok=True)
+        if options.pop("gpu"):
+            from scripts.benches import edge_gpu
+
+            click.echo(edge_gpu.table(edge_gpu.measure(place, options["out"], options["pairs"], options["new"])))
+            return
         report = measure(place, **options)
     click.echo(table(report))
 
@@ -67,7 +76,26 @@ def measure(place: Path, out: Path, preset: str, pairs: int, prompts: int, new: 
     if options["whole"]:
         report["whole"] = _whole(place, options["bits"], pairs)
         _save(out, report)
+    if options["data"]:
+        report |= _trained(place, options, pairs)
+        _save(out, report)
     return report
+
+
+def _trained(place: Path, options: dict[str, Any], pairs: int) -> dict[str, Any]:
+    """A trained model: accuracy at every bits, the start from cold, and a picture's whole answer."""
+    from model.presets import reference_path
+    from scripts.benches import edge_accuracy
+
+    model = options["trained"] or reference_path()
+    found = edge_accuracy.measure(model, options["data"], options["images"], int(options["block"]), place)
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(pairs):
+        for bits in (8, 4):
+            folder = edge_accuracy.quantized(model, bits, int(options["block"]), place)
+            runs.setdefault(f"onnx, {bits} bits", []).append(_ours("whole", folder, "--new", 16))
+            runs.setdefault(f"torch, {bits} bits", []).append(_ours("whole", model, "--bits", bits, "--new", 16))
+    return {"accuracy": found, "trained": {name: medians(done) for name, done in runs.items()} | {"runs": runs}}
 
 
 def _decoder(place: Path, peer: Path, bits: str, pairs: int, new: int) -> dict[str, Any]:
@@ -185,6 +213,15 @@ def table(report: dict[str, Any]) -> str:
         lines += ["", "| picture to first token | s | peak RSS MB |", "|---|---|---|"]
         rows = {name: row for name, row in report["whole"].items() if name != "runs"}
         lines += [f"| {n} | {r['first_token_seconds']:.2f} | {r['peak_rss_mb']:.0f} |" for n, r in rows.items()]
+    if "accuracy" in report:
+        from scripts.benches import edge_accuracy
+
+        lines += edge_accuracy.table(report["accuracy"])
+        lines += ["", "| trained model | start s | first answer s | answer s |", "|---|---|---|---|"]
+        for name, row in report["trained"].items():
+            if name != "runs":
+                first = f"{row['open_seconds']:.2f} | {row['cold_answer_seconds']:.2f}"
+                lines.append(f"| {name} | {first} | {row['answer_seconds']:.2f} |")
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def whole(folder: Path, bits: int, times: int, new: int) -> None:
         firsts.append(answer.first_token_seconds)
         alls.append(answer.seconds)
     warm = slice(1, None) if times > 1 else slice(None)
-    facts = {"open_seconds": opened, "cold_first_token_seconds": firsts[0]}
+    facts = {"open_seconds": opened, "cold_first_token_seconds": firsts[0], "cold_answer_seconds": alls[0]}
     facts |= {"first_token_seconds": float(np.median(firsts[warm])), "answer_seconds": float(np.median(alls[warm]))}
     _told(facts | {"peak_rss_mb": memory.highest_resident_bytes() / 1e6})
 

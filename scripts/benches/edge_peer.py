@@ -128,7 +128,13 @@ def _opened(path: Path, room: int, threads: int) -> tuple[Any, Any]:
     import llama_cpp
 
     options = llama_cpp.llama_model_default_params()
-    options.use_mmap = False
+    fields = [field[0] for field in options._fields_]
+    if "load_mode" in fields:  # from 0.3.30 or so on
+        options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    elif "use_mmap" in fields:
+        options.use_mmap = False
+    else:
+        raise SystemExit("This llama-cpp-python names memory mapping otherwise: its figures would mislead.")
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = room

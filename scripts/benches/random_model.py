@@ -70,12 +70,13 @@ def llava_config(preset: str, image_id: int) -> Any:
 
 
 def _tokenizer(path: Path | None) -> Any:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if path is None:
         words = {f"w{number}": number + 3 for number in range(2000)}
         made = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **words}, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
         made = Tokenizer.from_file(str(path))
     made.add_special_tokens(["<image>"])
