@@ -1,6 +1,7 @@
 """afya-client: the commands of a hospital's IT person. Heavy imports happen inside them, so --help answers at once."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,9 @@ def main() -> None:
 
 def _guard(call: Callable[[], Any]) -> Any:
     """Run `call`; a known kind of failure becomes one plain sentence and exit code 1."""
+    from client.invitation import InvitationRejected
     from client.limits import SettingsWrong
+    from client.service import ServiceError
     from model.adapters import AdapterRejected
     from model.data import DataError
     from model.llava import ModelError
@@ -36,6 +39,8 @@ def _guard(call: Callable[[], Any]) -> Any:
 
     try:
         return call()
+    except (InvitationRejected, ServiceError) as error:
+        raise click.ClickException(str(error)) from error
     except (AdapterRejected, DataError, ModelError, PresetMissing, SettingsWrong) as error:
         raise click.ClickException(str(error)) from error
 
@@ -46,11 +51,11 @@ def _guard(call: Callable[[], Any]) -> Any:
 @_JSON
 def doctor(server: str | None, bundle: Path | None, as_json: bool) -> None:
     """Look at everything that taking part needs and name every fault at once."""
-    from client import node
+    from client import doctor, node
     from model import files
 
     home = files.home()
-    checks = _guard(lambda: node.examine(home, node.connection(home, server, bundle)))
+    checks = _guard(lambda: doctor.examine(home, node.connection(home, server, bundle)))
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks]))
     else:
@@ -61,21 +66,48 @@ def doctor(server: str | None, bundle: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @_SERVER
 @_BUNDLE
 @_PORT
-def join(server: str | None, bundle: Path | None, port: int | None) -> None:
-    """Check everything, then take part until interrupted; a lost connection is taken up again by itself."""
-    from client import node
+@click.option("--service/--foreground", "service", help="Run as a system service, or here until interrupted (default).")
+@click.option("--replace", is_flag=True, help="Use FILE even if this clinic has joined another federation before.")
+def join(
+    file: Path | None, server: str | None, bundle: Path | None, port: int | None, service: bool, replace: bool
+) -> None:
+    """Take part: unpack the coordinator's FILE (the first time), check everything, then start.
+
+    A lost connection is taken up again by itself.
+    """
+    from client import doctor, invitation, node
     from model import files
 
     home = files.home()
+    if file is not None:
+        folder = _guard(lambda: invitation.unpack(home, invitation.read(file), replace))
+        click.echo(f"The invitation is in {folder}; {file} is no longer needed: delete it.")
     link = _guard(lambda: node.connection(home, server, bundle, port))
-    faults = [f"{c.name}: {c.detail}" for c in _guard(lambda: node.examine(home, link)) if not c.ok]
+    faults = [f"{c.name}: {c.detail}" for c in _guard(lambda: doctor.examine(home, link)) if not c.ok]
     if faults or link is None:
         raise click.ClickException(" ".join(faults))
+    if service:
+        _guard(lambda: _serve(home, link))
+        return
     click.echo(f"Taking part at {link.server}; interrupt to leave.")
     node.join(home, link)
+
+
+def _serve(home: Path, link: Any) -> None:
+    """Install and start the service when this is root, else write the unit and print what root has to run."""
+    from client import service
+
+    plan = service.plan(home, link)
+    if os.geteuid() == 0:
+        service.install(plan)
+        click.echo(f"The service {service.UNIT} is installed and started; systemctl status {service.UNIT} shows it.")
+        return
+    script = service.write_script(plan, home)
+    click.echo(f"Wrote {script}; look at it, then have it run by somebody who may:\n  sudo sh {script}")
 
 
 @main.command()

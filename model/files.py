@@ -7,6 +7,7 @@ reader sees the old file or the new one, never half of one. Does not cover the c
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -17,10 +18,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a crash leaves either the old content or all of the new.
 
     The folder must exist. An existing file keeps its permission bits; a new one is readable by its owner only, since
-    most of what is written here belongs to a clinic. If the disk refuses, raises OSError and leaves no temporary file.
+    most of what is written here belongs to a clinic. In a folder that was given to a group (set-group-ID) that group
+    may read it too. If the disk refuses, raises OSError and leaves no temporary file.
     """
     path = Path(path)
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    shared = _shared(path.parent)
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o640 if shared else 0o600
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as out:
@@ -34,6 +37,16 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.unlink(name)
         raise
     sync_folder(path.parent)
+
+
+def _shared(folder: Path) -> bool:
+    """Whether a folder was given to a group; one made just now inside such a folder is opened to the group as well."""
+    found = folder.stat()
+    if not found.st_mode & stat.S_ISGID:
+        return False
+    if found.st_uid == os.geteuid() and found.st_mode & 0o050 != 0o050:
+        os.chmod(folder, stat.S_IMODE(found.st_mode) | 0o050)
+    return True
 
 
 def sync_folder(folder: Path) -> None:

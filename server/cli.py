@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from server.data_cli import data
+from server.members_cli import invite, revoke
+from server.rollback_cli import rollback
 from server.train_cli import train
 
 _STATE = click.option(
@@ -54,8 +56,10 @@ def _guard(call: Callable[[], Any]) -> Any:
 def certs(out: Path, clinics: tuple[str, ...], hosts: tuple[str, ...], as_json: bool) -> None:
     """Make the authority, the server's certificate and a key for each clinic; what exists stays as it is."""
     from server import certs as keys
+    from server import signing
 
     written = _guard(lambda: keys.make(out, clinics, hosts or ("localhost", "127.0.0.1", "::1")))
+    written += _guard(lambda: signing.hand_out(out))
     if as_json:
         click.echo(json.dumps([str(path) for path in written]))
         return
@@ -111,7 +115,7 @@ def rounds(
 ) -> None:
     """Submit a run to the started server and show its rounds; a stopped run goes on where it was."""
     from server import link as links
-    from server import settings
+    from server import settings, signing
 
     if show:
         for name, (default, meaning) in settings.names().items():
@@ -121,6 +125,7 @@ def rounds(
     root = (out or state / "rounds").resolve()
     config = {"checkpoint-dir": str(root), **dict(_value(text) for text in values)}
     _guard(lambda: settings.read({**{n: d for n, (d, _) in settings.names().items()}, **config}))
+    config.setdefault("signing-key", str(_guard(lambda: signing.signing_key(folder.resolve()))))
     _guard(lambda: _follow(link, root, config, as_json))
 
 
@@ -175,7 +180,7 @@ def sentence(event: dict[str, Any]) -> str:
     if kind == "accepted":
         loss = f"loss {event.get('loss-before', 0):.3f} -> {event.get('loss-after', 0):.3f}"
         return f"  {event['clinic']}: {event['examples']} samples, {loss}, {event.get('seconds', 0):.0f} s"
-    if kind in ("rejected", "not-installed"):
+    if kind in ("rejected", "not-installed", "not-examined"):
         return f"  {event['clinic']}: {kind}, {event.get('reason') or event.get('detail')}"
     if kind == "round-done":
         size = (event["bytes_down"] + event["bytes_up"]) / 1e6
@@ -186,5 +191,13 @@ def sentence(event: dict[str, Any]) -> str:
     return f"{str(kind).capitalize()}: {rest}"
 
 
+def guard(call: Callable[[], Any]) -> Any:
+    """`_guard` for the commands in other files."""
+    return _guard(call)
+
+
 main.add_command(data)
+main.add_command(invite)
+main.add_command(revoke)
+main.add_command(rollback)
 main.add_command(train)

@@ -22,6 +22,7 @@ from typing import Any
 
 from model.files import write_atomic
 from server import certs as keys
+from server import registry
 
 FLWR = "1.41.0"  # the version whose routes, checks and faults are known here
 UP_SECONDS = 90.0  # longest wait for a SuperLink to answer: 3 s usually, more on a machine that is busy
@@ -136,9 +137,10 @@ async def _serve(
     link: Link, listen: tuple[str, int], child: "subprocess.Popen[bytes]", say: Callable[[str], None]
 ) -> None:
     """The proxy, until it is told to stop or the SuperLink has ended."""
+    from server.guard import Guard
     from server.proxy import FleetProxy, server
 
-    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt")
+    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt", Guard(link.state))
     web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(web, "should_exit", True))
@@ -210,27 +212,18 @@ def register(link: Link, name: str, public_key: Path) -> None:
     answer = _json(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
     if answer.get("success") is False:
         raise LinkError(f"{name} was not registered: {answer.get('error-message', answer)}")
-    known = _registered(link)
-    known[name] = public_key.read_text(encoding="utf-8").strip()
-    write_atomic(link.state / "registered.json", (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+    registry.remember(link.state, name, public_key.read_text(encoding="utf-8").strip(), str(answer.get("node-id", "")))
 
 
 def register_all(link: Link) -> list[str]:
     """Register every key under certs/clinics that is not registered yet; returns the names."""
-    known = set(_registered(link).values())
+    known = set(registry.registered(link.state).values())
     new = []
     for public_key in sorted((link.certs / "clinics").glob("*/node.pub")):
         if public_key.read_text(encoding="utf-8").strip() not in known:
             register(link, public_key.parent.name, public_key)
             new.append(public_key.parent.name)
     return new
-
-
-def _registered(link: Link) -> dict[str, str]:
-    try:
-        return json.loads((link.state / "registered.json").read_bytes())
-    except FileNotFoundError:
-        return {}
 
 
 def stage(link: Link) -> Path:

@@ -2,6 +2,7 @@
 
 Flower's Control API has no login in the open build and shares the SuperLink's port, so the SuperLink listens on
 loopback only and this stands in front. The twelve Fleet calls are listed one by one: no path is ever interpreted.
+Revoked keys and repeated signatures are refused by `server.guard`.
 Not covered: limiting how often one address may call; put a firewall in front for that.
 """
 
@@ -9,10 +10,13 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from server.guard import Guard
 
 CALLS = frozenset(
     f"/v1/fleet/{name}"
@@ -53,10 +57,13 @@ class _Gone(Exception):
 
 
 class FleetProxy:
-    """An ASGI application that forwards the Fleet calls to `upstream`, for example https://127.0.0.1:8000."""
+    """An ASGI application that forwards the Fleet calls to `upstream`, for example https://127.0.0.1:8000.
 
-    def __init__(self, upstream: str, ca: Path) -> None:
-        self.upstream = upstream.rstrip("/")
+    `guard` refuses revoked keys and signatures that were used before.
+    """
+
+    def __init__(self, upstream: str, ca: Path, guard: Guard | None = None) -> None:
+        self.upstream, self.guard = upstream.rstrip("/"), guard
         context = ssl.create_default_context(cafile=str(ca))
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
         timeout = httpx.Timeout(300.0, connect=10.0)
@@ -87,6 +94,8 @@ class FleetProxy:
             return await _answer(send, 403, "Only the Fleet API is offered here.")
         if scope["method"] != "POST":
             return await _answer(send, 405, "Fleet calls are POST calls.")
+        if self.guard and (refused := self.guard.refusal(scope["headers"])):
+            return await _answer(send, *refused)
         headers = [(key, value) for key, value in scope["headers"] if key.lower() not in _NOT_SENT]
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > MAX_BODY:
@@ -136,6 +145,7 @@ async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
 
 async def _answer(send: Send, status: int, text: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(text)).encode())]
+    headers.append((b"date", formatdate(usegmt=True).encode()))  # a clinic's doctor holds its clock against this
     if status in (408, 413):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

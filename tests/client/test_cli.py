@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from client import node
+from client import doctor, node
 from client.cli import main
 from model import adapters, phantoms
 from model.llava import base_sha256
@@ -76,5 +76,5 @@ def test_a_key_that_others_can_read_is_a_fault(afya_home: Path, tmp_path: Path, 
     certs.make(tmp_path / "c", ["north"])
     os.chmod(tmp_path / "c/clinics/north/node.key", mode)
     link = node.connection(afya_home, "127.0.0.1:1", tmp_path / "c/clinics/north")
-    checks = {check.name: check for check in node.examine(afya_home, link)}
+    checks = {check.name: check for check in doctor.examine(afya_home, link)}
     assert not checks["keys"].ok and "chmod 600" in checks["keys"].detail

@@ -1,0 +1,66 @@
+"""`afya-server invite` and `afya-server revoke`: letting a clinic in with one file, and shutting it out."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _run(call: Any) -> Any:
+    """Run `call`; a known kind of failure becomes one plain sentence and exit code 1."""
+    from server.cli import guard
+
+    return guard(call)
+
+
+def _link(certs: Path, state: Path, port: int) -> Any:
+    from server.link import Link
+
+    return Link(certs.resolve(), state.resolve(), port)
+
+
+_CERTS = click.option("--certs", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
+_STATE = click.option("--state", type=click.Path(path_type=Path), default=Path("federation"), show_default=True)
+_PORT = click.option("--link-port", "port", default=8000, show_default=True, help="Port of the SuperLink.")
+
+
+@click.command()
+@click.argument("clinic")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.  [default: CLINIC.afya]")
+@click.option(
+    "--server", metavar="HOST:PORT", help="Where clinics reach this server.  [default: its certificate's name]"
+)
+@click.option(
+    "--base-model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Base model's folder."
+)
+@_CERTS
+@_STATE
+@_PORT
+def invite(
+    clinic: str, out: Path | None, server: str | None, base_model: Path | None, certs: Path, state: Path, port: int
+) -> None:
+    """Write the one file with which CLINIC joins, and let its key take part."""
+    from server import invite as invitations
+
+    file = out or Path(f"{clinic}.afya")
+    told = _run(lambda: invitations.invite(_link(certs, state, port), clinic, file, server, base_model))
+    when = "is registered" if told else "will be registered when the server starts"
+    click.echo(f"Wrote {file}; the key of {clinic} {when}.")
+    click.echo(f"Hand it over in person: it holds the clinic's password. There: afya-client join {file.name}")
+
+
+@click.command()
+@click.argument("clinic")
+@click.option("--yes", is_flag=True, help="Do it without asking.")
+@_CERTS
+@_STATE
+@_PORT
+def revoke(clinic: str, yes: bool, certs: Path, state: Path, port: int) -> None:
+    """Shut CLINIC out for good; it can be invited again, with another key."""
+    from server import members
+
+    if not yes:
+        click.confirm(f"Refuse the key of {clinic} from now on?", abort=True)
+    told = _run(lambda: members.revoke(_link(certs, state, port), clinic))
+    rest = "" if told else " The SuperLink was not told (it does not run, or never knew the key)."
+    click.echo(f"The key of {clinic} is refused from now on.{rest}")
