@@ -1,6 +1,8 @@
 """Which adapter the kiosk's model answers with: looks at the one installed, changes to it, and keeps the former one.
 
-Installing happens elsewhere (`model.installed`, in another process perhaps); here the pointer file is watched.
+Installing happens elsewhere (`model.installed`, in another process perhaps); here the pointer file is watched. Before
+an adapter answers, its passport is verified where this clinic knows the coordinator's key, it must be for this very
+base, and with it the model must still look at the picture (`model.canary`). Not covered: whether it answers better.
 """
 
 from pathlib import Path
@@ -19,6 +21,7 @@ class AdapterWatch:
         self._refused: Any = None  # state of the pointer that was refused, so that it is tried once
         self.adapter: Path | None = None
         self.notice: str | None = None
+        self.unsigned: str | None = None  # a sentence where nobody vouches for the adapter in use
 
     @property
     def name(self) -> str | None:
@@ -32,7 +35,7 @@ class AdapterWatch:
 
     def refresh(self, backend: "Backend") -> None:
         """Use the adapter that is installed now; when it is refused, keep the one before and say so."""
-        from model import adapters
+        from model import adapters, passport
 
         seen = self._seen = self._state()
         if seen == self._refused:
@@ -40,13 +43,31 @@ class AdapterWatch:
         try:
             wanted = adapters.current(self._home)
             if wanted != self.adapter:
-                backend.swap_adapter(wanted)
-                self.adapter = wanted
+                unsigned = passport.check(self._home, wanted) if wanted else None
+                self._swap(backend, wanted)
+                self.adapter, self.unsigned = wanted, unsigned
             self.notice, self._refused = None, None
         except Exception as error:  # an adapter comes from outside: whatever is wrong with it must not stop answers
             self._refused = seen
             using = f"the earlier one ({self.name})" if self.adapter else "the model as it was installed"
             self.notice = f"A new adapter was refused and {using} answers instead. {sentence(error)}"
+
+    def _swap(self, backend: "Backend", wanted: Path | None) -> None:
+        """Answer with `wanted`; when the canary refuses it, answer with the former one again and raise CanaryFailed."""
+        from model import canary
+
+        backend.swap_adapter(wanted)
+        loaded = getattr(backend, "loaded", None)
+        if wanted is None or loaded is None:
+            return
+        problem = canary.check(backend, loaded.path, adapter=wanted).problem
+        if problem:
+            try:
+                backend.swap_adapter(self.adapter)
+            except Exception:  # the former one is gone: the bare model answers, never the refused adapter
+                self.adapter = None
+                backend.swap_adapter(None)
+            raise canary.CanaryFailed(f"With {wanted.name}: {problem.split(';')[0]}; ask for another release.")
 
     def _state(self) -> Any:
         """Something that changes whenever another adapter is installed."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from kiosk.adapter_cli import adapter
 from kiosk.settings import FILE, SETTINGS, Settings, SettingsError, default_text
 
 _HELP = {setting.name: setting.help for setting in SETTINGS}
@@ -207,6 +208,8 @@ def _check_port(port: int) -> None:
             todo = f"another program uses port {port}; start with --port {port % 65535 + 1}"
             raise click.ClickException(f"The kiosk cannot open {ADDRESS}:{port}: {todo}.") from error
 
+
+main.add_command(adapter)
 
 if __name__ == "__main__":
     main()

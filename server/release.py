@@ -1,7 +1,8 @@
-"""From rounds to the kiosks: the adapter folder with its evidence, and the message that brings it to each clinic.
+"""From rounds to the kiosks: the adapter folder with its evidence, and the messages that bring it to each clinic.
 
-The evidence says which rounds, who contributed, what was rejected and how the losses went. A clinic checks and installs
-by itself. Not here yet: a held-out score that an adapter must reach, and a signature on the evidence.
+The evidence says which rounds, who contributed, what was rejected and how the losses went. One message asks a clinic to
+examine a candidate on its sealed set, another to install a release; a clinic checks both by itself. Not here: whether a
+candidate is good enough (`server.candidate`) and the order of things (`server.publish`).
 """
 
 import json
@@ -9,12 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 
-from model import adapters, wire
+from model import adapters, exam_counts, passport, wire
+from model.exam_counts import Counts, CountsWrong
 from model.files import write_atomic
 from server.checkpoint import RoundCheckpoint
 from server.strategy import plain
+
+INSTALL, EXAMINE = MessageType.QUERY, MessageType.EVALUATE
+FOLDER = "releases"
 
 
 def evidence(checkpoint: RoundCheckpoint) -> dict[str, Any]:
@@ -43,9 +48,9 @@ def _mean(row: dict[str, Any], key: str) -> float | None:
     return sum(w * v for w, v in known) / sum(w for w, _ in known) if known else None
 
 
-def build(root: Path, checkpoint: RoundCheckpoint) -> Path:
-    """Write releases/round-NNNNN/ (PEFT folder and release.json) under `root`; returns it."""
-    folder = root / "releases" / f"round-{checkpoint.round:05d}"
+def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER) -> Path:
+    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`; returns it."""
+    folder = root / place / f"round-{checkpoint.round:05d}"
     adapters.save(folder, checkpoint.state, checkpoint.spec)
     record = {**evidence(checkpoint), "sha256": adapters.sha256(folder)}
     write_atomic(folder / adapters.RELEASE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
@@ -53,17 +58,44 @@ def build(root: Path, checkpoint: RoundCheckpoint) -> Path:
 
 
 def content(folder: Path) -> RecordDict:
-    """The message that brings a release folder to a clinic."""
+    """The message that brings a release folder to a clinic, with its passport where it has one."""
+    found = candidate(folder)
+    extra = {"evidence": (folder / adapters.RELEASE).read_text(encoding="utf-8")}
+    if (folder / passport.FILE).is_file():
+        extra["passport"] = (folder / passport.FILE).read_text(encoding="utf-8")
+    found.config_records["config"].update(extra)
+    return found
+
+
+def candidate(folder: Path) -> RecordDict:
+    """The message that asks a clinic to examine an adapter folder: the adapter, its hash and its base, nothing else."""
     state, spec = adapters.load(folder)
     config = {
         "alpha": spec.alpha,
         "base-sha256": spec.base_sha256,
         "layout": wire.layout(spec),
         "sha256": adapters.sha256(folder),
-        "evidence": (folder / adapters.RELEASE).read_text(encoding="utf-8"),
     }
     arrays = ArrayRecord({wire.key(factor): Array(wire.pack(state, factor)) for factor in wire.FACTORS})
     return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+
+
+def counted(message: Any, digest: str) -> Counts | str:
+    """The counts of a clinic that examined the candidate with this hash, or why there are none."""
+    if message.has_error():
+        return plain(f"failed: {message.error.reason or message.error.code}")
+    for record in message.content.config_records.values():
+        if "refused" in record:
+            return plain(str(record["refused"]))
+    records = message.content.metric_records
+    if set(records) != {"counts"} or set(message.content) != {"counts", "config"}:
+        return "the reply does not hold one record of counts"
+    if str(message.content.config_records["config"].get("sha256")) != digest:
+        return "the reply is about another adapter"
+    try:
+        return exam_counts.read(records["counts"])
+    except CountsWrong as error:
+        return plain(f"the counts were not believed: {error}")
 
 
 def verdict(message: Any) -> tuple[bool, str]:

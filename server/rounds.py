@@ -1,7 +1,8 @@
 """The rounds: ask every connected clinic, gate what comes back, aggregate, checkpoint, and in the end release.
 
 A round ends when all have answered or its deadline is over; below the quorum it changes nothing and says so. After a
-crash the same call goes on behind the last sound checkpoint. Not here: choosing some of many clinics.
+crash the same call goes on behind the last sound checkpoint. Not here: choosing some of many clinics, and what a
+candidate must pass before it is released (`server.publish`).
 """
 
 import time
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid
 
 from model import adapters, wire
 from server import checkpoint as store
-from server import release
+from server import publish
 from server.aggregate import factors_of_round
 from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
@@ -24,7 +25,6 @@ from server.settings import Settings, SettingsRejected
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap
 
 POLL = 0.5  # seconds between two looks for replies
-RELEASE_SECONDS = 600.0  # longest wait for the clinics to install; one that is away gets the next release
 GRACE = 600.0  # seconds a message outlives its deadline on the link, so that a late clinic finds it and is told
 
 
@@ -42,16 +42,31 @@ class Federation:
         self.grid, self.settings, self.sleep, self.clock = grid, settings, sleep, clock
         self.root = Path(settings.checkpoint_dir).expanduser()
         self.events = Events(self.root)
+        self.office = publish.Office(self.root, settings, self.events, self._named, self._replies)
 
     def run(self) -> RoundCheckpoint:
-        """All rounds that are still to do, then the release; returns the last checkpoint."""
+        """All rounds that are still to do, then the release; returns the last checkpoint.
+
+        With the setting `rollback` no round: an earlier release is brought to the clinics again.
+        """
+        if self.settings.rollback:
+            return self._roll_back()
         now = self._start()
         for number in range(now.round + 1, self.settings.num_server_rounds + 1):
             now = self._round(number, now)
             every = self.settings.release_every
             if every and number % every == 0 and number < self.settings.num_server_rounds:
-                self._release(now)
-        self._release(now)
+                publish.release_now(self.office, now)
+        publish.release_now(self.office, now)
+        self.events.add("finished", round=now.round, updates=now.updates)
+        return now
+
+    def _roll_back(self) -> RoundCheckpoint:
+        """Bring an earlier release to the clinics again; the rounds stay where they are."""
+        now, _ = store.latest(self.root)
+        if now is None:
+            raise SettingsRejected(f"{self.root} holds no rounds, so nothing was released from there.")
+        publish.rollback(self.office, self.settings.rollback)
         self.events.add("finished", round=now.round, updates=now.updates)
         return now
 
@@ -106,7 +121,7 @@ class Federation:
     def _clinics(self, start: float) -> dict[int, str]:
         """Connected nodes and their registered names; waits for a quorum, at most until the round's deadline."""
         while True:
-            found = {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
+            found = self._named()
             late = self.clock() - start >= self.settings.round_deadline
             if len(found) >= self.settings.min_clinics or late:
                 return found
@@ -121,17 +136,7 @@ class Federation:
     def _collect(self, gate: Gate, start: float) -> None:
         """Send the round's message and take replies one by one until all are there or the deadline is over."""
         ask, s = gate.ask, self.settings
-        config = {
-            "server-round": ask.round,
-            "factor": ask.factor,
-            "base-sha256": ask.spec.base_sha256,
-            "alpha": s.alpha,
-            "layout": wire.layout(ask.spec),
-            "local-steps": s.local_steps,
-            "lr": s.lr,
-            "batch-size": s.batch_size,
-            "seed": s.seed,
-        }
+        config = asked(ask, s)
         arrays = {wire.key(factor): Array(wire.pack(ask.state, factor)) for factor in wire.FACTORS}
         content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
         left = s.round_deadline - (self.clock() - start)
@@ -204,22 +209,25 @@ class Federation:
             base = replace(base, reason=reason)
         return replace(base, history=(*before.history, store.summary(base)))
 
-    def _release(self, now: RoundCheckpoint) -> None:
-        """Write the adapter with its evidence and bring it to every connected clinic."""
-        if now.updates == 0:
-            self.events.add("not-released", round=now.round, reason="no round has changed the factors yet")
-            return
-        folder = release.build(self.root, now)
-        clinics = {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
-        self.events.add("release", round=now.round, folder=str(folder), clinics=sorted(clinics.values()))
-        waiting = dict(clinics)
-        seconds = min(self.settings.round_deadline, RELEASE_SECONDS)
-        for node, reply in self._replies(release.content(folder), MessageType.QUERY, clinics, now.round, seconds):
-            del waiting[node]
-            done, words = (False, str(reply)) if isinstance(reply, Exception) else release.verdict(reply)
-            self.events.add("installed" if done else "not-installed", clinic=clinics[node], detail=words)
-        for name in sorted(waiting.values()):
-            self.events.add("not-installed", clinic=name, detail="no reply before the deadline")
+    def _named(self) -> dict[int, str]:
+        """Connected nodes and their registered names."""
+        return {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
+
+
+def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
+    """What a round asks of a clinic, beside the arrays: the same over the link and on a stick."""
+    return {
+        "server-round": ask.round,
+        "factor": ask.factor,
+        "base-sha256": ask.spec.base_sha256,
+        "alpha": settings.alpha,
+        "layout": wire.layout(ask.spec),
+        "local-steps": settings.local_steps,
+        "lr": settings.lr,
+        "batch-size": settings.batch_size,
+        "seed": settings.seed,
+        "proximal-mu": settings.proximal_mu,
+    }
 
 
 def _name(node: Any) -> str:

@@ -32,6 +32,7 @@ class Settings:
     local_steps: int = _setting(40, "optimizer steps a clinic takes in a round", 1, 100_000)
     lr: float = _setting(2e-3, "learning rate", 1e-7, 1.0)
     batch_size: int = _setting(16, "samples in a step", 1, 4096)
+    proximal_mu: float = _setting(0.0, "pull towards the round's start at the clinics (FedProx); 0: none", 0, 10)
     aggregation: str = _setting(
         "alternating", "alternating, ffa, product-svd or factor-average (README: aggregation)", choices=MODES
     )
@@ -40,6 +41,20 @@ class Settings:
     round_deadline: float = _setting(3600.0, "seconds after which a round goes on without the missing", 1, 604_800)
     release_every: int = _setting(0, "release to the clinics every n rounds; 0: at the end only", 0, 10_000)
     max_update_norm: float = _setting(0.0, "cap on the norm of an update; 0: lr x steps x sqrt(values)", 0, 1e9)
+    gate: str = _setting(
+        "auto",
+        "examine a candidate before its release; auto: judge by what was examined, require: refuse without, off",
+        choices=("auto", "require", "off"),
+    )
+    gate_points: float = _setting(2.0, "points that right or picture-dependent answers may fall", 0, 100)
+    gate_ece: float = _setting(0.02, "how much the calibration error may rise", 0, 1)
+    gate_rows: int = _setting(200, "examined rows from which a margin counts even where it may be chance", 1, 1_000_000)
+    gate_seconds: float = _setting(900.0, "seconds the clinics have for examining a candidate", 1, 604_800)
+    gate_data: str = _setting("", "the server's own held-out data: a dataset file or folder; empty: none")
+    gate_images: str = _setting("", "folder of the pictures of gate-data; empty: beside it")
+    gate_bits: int = _setting(4, "precision of the server's examination: that of the kiosks", 4, 32)
+    rollback: int = _setting(0, "no rounds: release this round's adapter again; -1: the release before", -1, 10_000)
+    signing_key: str = _setting("", "file of the key that signs passports; empty: nobody signs")
     seed: int = _setting(0, "seed of the first factors and of the clinics' sample order", 0, 2**31)
     checkpoint_dir: str = _setting("", "folder of the rounds, on this server")
     base_model: str = _setting("", "folder of the base model; empty: the reference model")

@@ -169,7 +169,7 @@ def test_a_real_adapter_is_swapped_in_under_a_real_model(
     before = ask(store, engine, request)
     wait(engine, before)
     state = adapters.initial(tiny, 4, 8, "decoder", 0)
-    changed = {name: value + 0.5 for name, value in state.items()}
+    changed = {name: value + np.float32(0.02) for name, value in state.items()}
     adapters.save(tmp_path / "adapter", changed, adapters.spec_of(changed, 8, llava.base_sha256(tiny)))
     name = adapters.install(afya_home, tmp_path / "adapter", evidence={"round": 3})
     after = ask(store, engine, request)

@@ -130,10 +130,19 @@ class FakeGrid(Grid):
         return ids
 
     def answer(self, node: int, message: Message) -> RecordDict | Error | Exception | None:
-        """What a clinic sends back: its function's reply to a train message, an installation of any release."""
+        """What a clinic sends back: its function's reply to a train message, an installation of any release.
+
+        Asked to examine a candidate it has no sealed set that is large enough, unless `examined` is replaced.
+        """
+        if message.metadata.message_type.startswith("evaluate"):
+            return self.examined(node, message)
         if message.metadata.message_type.startswith("query"):
             return installs(node, message)
         return self.clinics[node](node, message)
+
+    def examined(self, node: int, message: Message) -> RecordDict | Error | Exception | None:
+        """A clinic's answer to a candidate."""
+        return RecordDict({"config": ConfigRecord({"refused": "the sealed set is too small"})})
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         found = [self._answers.get(number) for number in message_ids]
