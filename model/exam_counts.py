@@ -18,6 +18,7 @@ MAX_ROWS = 100_000  # more than a clinic's sealed set holds; a larger number is 
 _NUMBERS = ("bits", "rows", "groups", "squares")
 _PAIRS = ("installed", "base", "reliance")
 _CELLS = ("cells-before", "right-before", "cells-after", "right-after")
+KNOWN = (*_NUMBERS, *_PAIRS, *_CELLS)  # every name that a record may have
 
 
 class CountsWrong(ValueError):
@@ -79,7 +80,7 @@ def pair(before: Sequence[bool], after: Sequence[bool], groups: Sequence[str]) -
 
 def read(record: Mapping[str, Any]) -> Counts:
     """Counts from a message's record. Raises CountsWrong unless the numbers can belong together."""
-    needed, known = {*_NUMBERS, "installed", "base", *_CELLS}, {*_NUMBERS, *_PAIRS, *_CELLS}
+    needed, known = {*_NUMBERS, "installed", "base", *_CELLS}, set(KNOWN)
     if not needed <= set(record) <= known:
         odd = sorted(needed - set(record)) or sorted(set(record) - known)
         raise CountsWrong(f"the entry {str(odd[0])[:40]!r} is missing or unexpected")

@@ -93,8 +93,7 @@ def write(graph: Graph, source: Source, shape: Shape, bits: Mapping[str, int], p
         progress(source.taken())
     graph.output("logits", "float32", ["places", shape.vocabulary])
     name = "lm_head.weight" if source.has("lm_head.weight") else "text.embed_tokens.weight"
-    wanted = graph.node("Gather", h, "places", axis=0)
-    logits = graph.linear(wanted, "lm_head", source.torch(name), bits=bits.get("head"))
+    logits = graph.linear(h, "lm_head", source.torch(name), bits=bits.get("head"))
     graph.node("Identity", logits, outputs=["logits"])
     progress(source.taken())
 
@@ -110,6 +109,9 @@ def _layer(
         y = graph.linear(h, f"{new}{part}", *pair, bits=bits.get(part), lora=True)
         parts.append(graph.node("Reshape", y, outer))
     flat = graph.node("Reshape", _attention(graph, shape, number, parts), "flat_heads")
+    last = number + 1 == shape.layers
+    if last:  # behind its keys and values, the last layer is computed for the wanted positions alone
+        flat, x = (graph.node("Gather", every, "places", axis=0) for every in (flat, x))
     o = graph.linear(flat, f"{new}o", *source.pair(f"{old}self_attn.o_proj"), bits=bits.get("o"), lora=True)
     gain = graph.constant(f"{new}norm2", source.numpy(f"{old}post_attention_layernorm.weight"))
     h, x = _normed(graph, shape, x, o, gain)
@@ -117,7 +119,6 @@ def _layer(
     up = graph.linear(h, f"{new}up", *source.pair(f"{old}mlp.up_proj"), lora=True)
     product = graph.node("Mul", graph.node("QuickGelu", gate, domain=CONTRIB, alpha=1.0), up)
     down = graph.linear(product, f"{new}down", *source.pair(f"{old}mlp.down_proj"), lora=True)
-    last = number + 1 == shape.layers
     name = "text.norm.weight" if last else f"text.layers.{number + 1}.input_layernorm.weight"
     gain = graph.constant("norm" if last else f"layers.{number + 1}.norm1", source.numpy(name))
     return _normed(graph, shape, x, down, gain)

@@ -121,18 +121,34 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_odd_shapes_keep_their_precision_and_answer(odd: Path) -> None:
+def test_odd_shapes_are_quantized_and_answer(odd: Path) -> None:
+    import bitsandbytes
+
     loaded = llava.load(odd, 4, device="cpu")
-    kept = {name for name, layer in loaded.core.named_modules() if type(layer) is torch.nn.Linear}
-    assert "model.language_model.layers.0.mlp.down_proj" in kept
-    assert "model.vision_tower.encoder.layers.1.mlp.fc2" in kept
-    assert not any("self_attn" in name for name in kept)
+    layers = dict(loaded.core.named_modules())
+    assert {name for name, layer in layers.items() if type(layer) is torch.nn.Linear} == {"lm_head"}
     ask(loaded)
+    for name in ("model.language_model.layers.0.mlp.down_proj", "model.vision_tower.encoder.layers.1.mlp.fc2"):
+        layer = layers[name]
+        weights = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        x = torch.randn(3, layer.in_features)
+        bias = 0 if layer.bias is None else layer.bias.float()
+        assert torch.allclose(layer(x), x @ weights.T + bias, atol=1e-5)
+
+
+def test_weights_that_fill_no_blocks_keep_their_precision(odd: Path) -> None:
+    from transformers import LlavaConfig
+
+    config = LlavaConfig.from_pretrained(odd)
+    assert llava.unquantized(config) == ["lm_head"]
+    config.text_config.intermediate_size = 87
+    config.text_config.hidden_size = 60
+    assert "model.language_model.layers.0.mlp.down_proj" in llava.unquantized(config)
 
 
 @packed_kernel
 def test_without_the_fix_odd_shapes_crash(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llava, "unquantized", lambda config: ["lm_head"])
+    monkeypatch.setattr(llava, "_PACKED", "nothing")
     loaded = llava.load(odd, 4, device="cpu")
     with pytest.raises((AssertionError, RuntimeError)):
         ask(loaded)
