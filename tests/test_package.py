@@ -63,7 +63,7 @@ def declared(*extras: str) -> set[str]:
 
 @pytest.mark.parametrize("room", [*PACKAGES, "tests"])
 def test_whatever_is_imported_is_declared(room: str) -> None:
-    extras = {"model": [], "tests": ["kiosk", "client", "server", "dev"]}.get(room, [room])
+    extras = {"model": ["gpu"], "tests": ["kiosk", "client", "server", "dev"]}.get(room, [room])
     providers = packages_distributions()
     imported = {
         module.split(".")[0]
