@@ -107,17 +107,17 @@ def _name_servers() -> list[str]:
     return [words[1].split("%")[0] for words in map(str.split, lines) if len(words) > 1 and words[0] == "nameserver"]
 
 
-def modes(home: Path) -> list[str]:
+def modes(home: Path, group: str = USER) -> list[str]:
     """Shell lines that let the service's group, and nobody else, read the samples and exchange adapters."""
     q, owner = shlex.quote, shlex.quote(pwd.getpwuid(home.stat().st_uid).pw_name)
     lines = []
     for name, mode in (("training", "2750"), ("training/images", "2750"), ("training/samples", "2750")):
-        lines.append(f"install -d -o {owner} -g {USER} -m {mode} {q(str(home / name))}")
-    lines.append(f"install -d -o {owner} -g {USER} -m 2770 {q(str(home / 'adapters'))}")
-    lines.append(f"install -d -o {owner} -g {USER} -m 2750 {q(str(home / 'run'))}")
+        lines.append(f"install -d -o {owner} -g {group} -m {mode} {q(str(home / name))}")
+    lines.append(f"install -d -o {owner} -g {group} -m 2770 {q(str(home / 'adapters'))}")
+    lines.append(f"install -d -o {owner} -g {group} -m 2750 {q(str(home / 'run'))}")
     for name in ("training", "adapters", "run"):
         folder = q(str(home / name))
-        lines.append(f"chgrp -R {USER} {folder}")
+        lines.append(f"chgrp -R {group} {folder}")
         lines.append(f"find {folder} -mindepth 1 -type d -exec chmod 2750 {{}} +")
         lines.append(f"find {folder} -type f -exec chmod 0640 {{}} +")
     lines.append(f"chmod 0700 {q(str(home))}")

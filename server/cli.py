@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from server.data_cli import data
-from server.members_cli import invite, revoke
+from server.members_cli import invite, revoke, service
 from server.rollback_cli import rollback
 from server.train_cli import train
 
@@ -199,5 +199,6 @@ def guard(call: Callable[[], Any]) -> Any:
 main.add_command(data)
 main.add_command(invite)
 main.add_command(revoke)
+main.add_command(service)
 main.add_command(rollback)
 main.add_command(train)

@@ -1,4 +1,4 @@
-"""`afya-server invite` and `afya-server revoke`: letting a clinic in with one file, and shutting it out."""
+"""`afya-server invite`, `revoke` and `service`: letting a clinic in, shutting it out, starting the server at boot."""
 
 from pathlib import Path
 from typing import Any
@@ -64,3 +64,13 @@ def revoke(clinic: str, yes: bool, certs: Path, state: Path, port: int) -> None:
     told = _run(lambda: members.revoke(_link(certs, state, port), clinic))
     rest = "" if told else " The SuperLink was not told (it does not run, or never knew the key)."
     click.echo(f"The key of {clinic} is refused from now on.{rest}")
+
+
+@click.command()
+@click.option("--listen", default="0.0.0.0:8443", show_default=True, metavar="HOST:PORT", help="Where clinics connect.")
+@_CERTS
+def service(listen: str, certs: Path) -> None:
+    """Print the shell script that makes the server a system service of its own user; root runs it."""
+    from server import service as units
+
+    click.echo(_run(lambda: units.script(listen, certs)), nl=False)
