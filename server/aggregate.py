@@ -133,16 +133,38 @@ def fit(
     for name_b, name_a in layers(before):
         old = (before[name_b], before[name_a])
         theirs = [(reply.get(name_b, old[0]), reply.get(name_a, old[1])) for reply in replies]
-        mean = [(weight, *pair) for weight, pair in zip(weights, theirs, strict=True)]
-        ideal = _norm([*mean, (-sum(weights), *old)])
-        error = _norm([*mean, (-sum(weights), after[name_b], after[name_a])])
-        apart = [_norm([*mean, (-sum(weights), *pair)]) for pair in theirs]
+        inner = products([*theirs, old, (after[name_b], after[name_a])])
+        mean = np.array([*weights, 0.0, 0.0])
+        start, applied = np.eye(len(mean))[-2:] * sum(weights)
+        ideal, error = _norm(inner, mean - start), _norm(inner, mean - applied)
+        apart = [_norm(inner, mean - sum(weights) * own) for own in np.eye(len(mean))[: len(theirs)]]
         drifted = float(np.dot(weights, apart))
         found[name_b] = Fit(scale * ideal, scale * error, scale * drifted)
         sums += np.array([ideal, error]) ** 2
         drift += drifted**2
     found[""] = Fit(scale * float(np.sqrt(sums[0])), scale * float(np.sqrt(sums[1])), scale * float(np.sqrt(drift)))
     return found
+
+
+def products(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Inner products (pairs, pairs) of all the matrices B A, none of which is formed; ranks may differ.
+
+    <B1 A1, B2 A2> is the sum of (B1^T B2) * (A1 A2^T). Where all pairs share a factor (the same array), the other one
+    is multiplied by its triangular factor instead, which for many clinics is cheaper by far.
+    """
+    first_b, first_a = pairs[0]
+    for shared, side in ((all(a is first_a for _, a in pairs), 1), (all(b is first_b for b, _ in pairs), 0)):
+        if shared:
+            common = pairs[0][side].astype(np.float64)
+            root = np.linalg.qr(common.T if side else common)[1]
+            moved = [(b @ root.T if side else root @ a).ravel() for b, a in pairs]
+            flat = np.stack(moved)
+            return np.asarray(flat @ flat.T)
+    left = np.concatenate([b.astype(np.float64) for b, _ in pairs], axis=1)
+    right = np.concatenate([a.astype(np.float64) for _, a in pairs], axis=0)
+    both = (left.T @ left) * (right @ right.T)
+    starts = np.cumsum([0, *(b.shape[1] for b, _ in pairs[:-1])])
+    return np.asarray(np.add.reduceat(np.add.reduceat(both, starts, axis=0), starts, axis=1))
 
 
 def describe(found: Mapping[str, Fit], mode: str, discarded: float) -> dict[str, object]:
@@ -159,9 +181,6 @@ def describe(found: Mapping[str, Fit], mode: str, discarded: float) -> dict[str,
     }
 
 
-def _norm(terms: Sequence[tuple[float, np.ndarray, np.ndarray]]) -> float:
-    """Frobenius norm of sum c B A, from the triangular factors of the stacked B and A (no cancellation of squares)."""
-    left = np.concatenate([c * b.astype(np.float64) for c, b, _ in terms], axis=1)
-    right = np.concatenate([a.astype(np.float64) for _, _, a in terms], axis=0)
-    outer, inner = np.linalg.qr(left)[1], np.linalg.qr(right.T)[1]
-    return float(np.linalg.norm(outer @ inner.T))
+def _norm(inner: np.ndarray, weights: np.ndarray) -> float:
+    """Norm of the weighted sum of matrices with these inner products; rounding leaves about 1e-8 of the largest."""
+    return float(np.sqrt(max(0.0, weights @ inner @ weights)))

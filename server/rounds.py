@@ -22,6 +22,7 @@ from server.aggregate import factors_of_round
 from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
 from server.settings import Settings, SettingsRejected
+from server.spool import Spool
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap
 
 POLL = 0.5  # seconds between two looks for replies
@@ -108,12 +109,15 @@ class Federation:
         factor = factors_of_round(self.settings.aggregation, before.updates)
         clinics = self._clinics(start)
         self.events.add("round", round=number, factor=factor, clinics=sorted(clinics.values()))
-        gate = Gate(self._ask(number, factor, before, clinics))
+        spool = Spool(self.root / "incoming")
+        spool.clear()
+        gate = Gate(self._ask(number, factor, before, clinics), spool)
         self._collect(gate, start)
         for late in gate.silent():
             self.events.add("rejected", round=number, clinic=late.clinic, reason=late.reason)
         after = self._conclude(gate, before, start)
         store.save(self.root, after)
+        spool.clear()
         row = store.summary(after)
         self.events.add("round-done", **{key: row[key] for key in row if key not in ("accepted", "rejected")})
         return after

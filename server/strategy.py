@@ -17,6 +17,7 @@ from model import adapters, wire
 from model.adapters import AdapterRejected, AdapterSpec, State
 from server import aggregate as aggregation
 from server.checkpoint import Contribution, Rejection
+from server.spool import Spool
 
 MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
 MAX_METRICS = 64  # entries of a metric record; more is noise or an attempt to fill the disk
@@ -54,10 +55,10 @@ class Update:
 
 
 class Gate:
-    """Takes the replies of one round one by one, in any order."""
+    """Takes the replies of one round one by one, in any order; with a spool they wait on the disk."""
 
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
+    def __init__(self, ask: Ask, spool: Spool | None = None) -> None:
+        self.ask, self._spool = ask, spool
         self.updates: dict[int, Update] = {}
         self.rejected: list[Rejection] = []
         self._seen: set[int] = set()
@@ -115,7 +116,10 @@ class Gate:
         norm = _distance(arrays, self.ask.state)
         if norm > self.ask.max_norm:
             raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
-        return Update(node, clinic, arrays, examples, norm, adapters.state_bytes(arrays), metrics)
+        size = adapters.state_bytes(arrays)
+        if self._spool is not None:
+            arrays = self._spool.put(node, arrays)
+        return Update(node, clinic, arrays, examples, norm, size, metrics)
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
