@@ -85,7 +85,10 @@ def compare(
 def count(base: Marks, installed: Marks, candidate: Marks, groups: Sequence[str], bits: int) -> Counts:
     """The counts of three sets of marks of the same rows."""
     sizes = [list(groups).count(name) for name in set(groups)]
-    both = installed.reliant is not None and candidate.reliant is not None
+    seen = None
+    if installed.reliant is not None and candidate.reliant is not None:
+        rows = [zip(one.right, one.reliant or [], strict=True) for one in (installed, candidate)]
+        seen = [[a and b for a, b in pairs] for pairs in rows]
     return Counts(
         bits=bits,
         rows=len(groups),
@@ -93,7 +96,8 @@ def count(base: Marks, installed: Marks, candidate: Marks, groups: Sequence[str]
         squares=sum(size * size for size in sizes),
         installed=exam_counts.pair(installed.right, candidate.right, groups),
         base=exam_counts.pair(base.right, candidate.right, groups),
-        reliance=exam_counts.pair(installed.reliant or [], candidate.reliant or [], groups) if both else None,
+        reliance=exam_counts.pair(installed.reliant or [], candidate.reliant or [], groups) if seen else None,
+        seen=exam_counts.pair(*seen, groups) if seen else None,
         before=calibration.cells(installed.confidence, installed.right),
         after=calibration.cells(candidate.confidence, candidate.right),
     )

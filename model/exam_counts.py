@@ -16,7 +16,7 @@ from model import calibration
 
 MAX_ROWS = 100_000  # more than a clinic's sealed set holds; a larger number is not believed
 _NUMBERS = ("bits", "rows", "groups", "squares")
-_PAIRS = ("installed", "base", "reliance")
+_PAIRS = ("installed", "base", "reliance", "seen")
 _CELLS = ("cells-before", "right-before", "cells-after", "right-after")
 KNOWN = (*_NUMBERS, *_PAIRS, *_CELLS)  # every name that a record may have
 
@@ -43,8 +43,9 @@ class Pair:
 @dataclass(frozen=True)
 class Counts:
     """One place's examination: `installed` (right answers, what is installed now against the candidate), `base`
-    (the bare model against the candidate), `reliance` (answers that depend on the picture; None: not measured), and
-    answers by confidence before and after as (count, right) of `model.calibration.CELLS` cells."""
+    (the bare model against the candidate), `reliance` (answers that depend on the picture) and `seen` (the right ones
+    among them; both None: not measured), and answers by confidence before and after as (count, right) of
+    `model.calibration.CELLS` cells."""
 
     bits: int
     rows: int
@@ -53,6 +54,7 @@ class Counts:
     installed: Pair
     base: Pair
     reliance: Pair | None
+    seen: Pair | None
     before: tuple[list[int], list[int]]
     after: tuple[list[int], list[int]]
 
@@ -92,6 +94,7 @@ def read(record: Mapping[str, Any]) -> Counts:
         installed=pairs["installed"],
         base=pairs["base"],
         reliance=pairs.get("reliance"),
+        seen=pairs.get("seen"),
         before=(lists[0], lists[1]),
         after=(lists[2], lists[3]),
     )
@@ -125,6 +128,11 @@ def _check(found: Counts) -> None:
     for (count, right), marks in ((found.before, found.installed.before), (found.after, found.installed.after)):
         if sum(count) != rows or sum(right) != marks or any(r > c for c, r in zip(count, right, strict=True)):
             raise CountsWrong("the answers by confidence do not fit the rows")
+    both = (found.reliance, found.seen)
+    if (both[0] is None) != (both[1] is None):
+        raise CountsWrong("reliance and seen come together or not at all")
+    if both[0] and both[1] and (both[1].before > both[0].before or both[1].after > both[0].after):
+        raise CountsWrong("more answers are right and depend on the picture than depend on it")
     if found.base.after != found.installed.after:
         raise CountsWrong("the candidate's right answers are given twice and differ")
 

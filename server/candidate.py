@@ -3,10 +3,10 @@
 Each place compares the candidate with what is installed there, on rows nobody trained on. In the total a place counts
 by its rows, at most twice the median, as in the mean of the updates: one large set must not decide alone. Rules:
 right answers must not fall beyond the 95 % interval, in the total and at any place (there the interval is widened for
-the number of places), nor by more than `points` in the total, also against the bare base model; answers that depend on
-the picture must not fall by more than `points`, the calibration error must not rise by more than `ece`. With fewer than
-`rows` rows a margin is smaller than a few answers: then only what is beyond chance as well counts. Not covered: a place
-that sends possible but invented counts.
+the number of places), nor by more than `points` in the total, also against the bare base model; right answers that
+depend on the picture (or all that do: `reliance`) must not fall by more than `points`, the calibration error must not
+rise by more than `ece`. With fewer than `rows` rows a margin is a few answers: then only what is beyond
+chance as well counts. Not covered: a place that sends possible but invented counts.
 """
 
 import math
@@ -29,6 +29,7 @@ class Thresholds:
     points: float = 2.0
     ece: float = 0.02
     rows: int = 200
+    reliance: str = "right"  # which answers that depend on the picture are counted: "right" ones, or "all"
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,13 @@ def _right_at(place: Place, level: float) -> Rule:
 
 def _reliance(places: Sequence[Place], limits: Thresholds, level: float) -> Iterator[Rule]:
     """Answers that depend on the picture: in the total, and beyond chance at each place."""
-    what = "answers that depend on the picture"
+    every = limits.reliance == "all"
+    what = "answers that depend on the picture" if every else "right answers that depend on the picture"
     known = [place for place in places if place.counts.reliance is not None]
     several = [[place] for place in known] if len(known) > 1 else []
     for chosen in ([known] if known else []) + several:
         alone = len(chosen) == 1 and len(known) > 1
-        found = total(chosen, _reliant, level if alone else LEVEL)
+        found = total(chosen, _reliant if every else _seen, level if alone else LEVEL)
         far = 100 * found.mean < -limits.points and (found.high < 0 or (found.rows >= limits.rows and not alone))
         name = chosen[0].name if alone else "all places"
         yield _rule(what, name, found, not far, f", fewer by more than {limits.points:g} points" if far else "")
@@ -144,6 +146,11 @@ def _reliance(places: Sequence[Place], limits: Thresholds, level: float) -> Iter
 def _reliant(counts: Counts) -> Pair:
     assert counts.reliance is not None
     return counts.reliance
+
+
+def _seen(counts: Counts) -> Pair:
+    assert counts.seen is not None
+    return counts.seen
 
 
 def _calibration(places: Sequence[Place], limits: Thresholds) -> Rule:
@@ -176,6 +183,7 @@ def rows_of(places: Sequence[Place]) -> list[dict[str, Any]]:
         row = {"name": place.name, "bits": c.bits, "rows": c.rows, "groups": c.groups, "share": round(weight, 4)}
         row |= {"right": right, "lost": c.installed.lost, "gained": c.installed.gained}
         row["reliant"] = None if c.reliance is None else [c.reliance.before, c.reliance.after]
+        row["seen"] = None if c.seen is None else [c.seen.before, c.seen.after]
         row["ece"] = [round(calibration.error(*c.before), 4), round(calibration.error(*c.after), 4)]
         found.append(row)
     return found

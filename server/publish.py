@@ -50,10 +50,11 @@ class Office:
 def examined_candidate(office: Office, now: RoundCheckpoint) -> tuple[Path, dict[str, Any]]:
     """Build the candidate of a checkpoint and examine it; returns its folder and the record of its passport."""
     folder = release.build(office.root, now, "candidates")
-    limits = Thresholds(office.settings.gate_points, office.settings.gate_ece, office.settings.gate_rows)
+    s = office.settings
+    limits = Thresholds(s.gate_points, s.gate_ece, s.gate_rows, s.gate_reliance)
     places, silent = examine(office, folder, now.round)
     rules = candidate.judge(places, limits)
-    verdict, summary = _verdict(office.settings.gate, places, rules)
+    verdict, summary = _verdict(s.gate, places, rules)
     evidence = release.evidence(now)
     record = {
         "round": now.round,
@@ -66,7 +67,7 @@ def examined_candidate(office: Office, now: RoundCheckpoint) -> tuple[Path, dict
         "contributed": evidence["contributed"],
         "verdict": verdict,
         "summary": summary,
-        "limits": {**asdict(limits), "gate": office.settings.gate},
+        "limits": {**asdict(limits), "gate": s.gate},
         "rules": candidate.plain_rules(rules),
         "places": candidate.rows_of(places),
         "silent": silent,
@@ -140,12 +141,15 @@ def conclude(office: Office, folder: Path, record: dict[str, Any]) -> Path | Non
 
 
 def _move(folder: Path, target: Path) -> None:
-    """Put a whole folder in the place of another one."""
+    """Put a whole folder in the place of another one, which is gone only when the new one is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    former = target.with_name(f".{target.name}.former")
+    shutil.rmtree(former, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, former)
     os.rename(folder, target)
     sync_folder(target.parent)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def history(office: Office) -> list[dict[str, Any]]:

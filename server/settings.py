@@ -47,6 +47,9 @@ class Settings:
         choices=("auto", "require", "off"),
     )
     gate_points: float = _setting(2.0, "points that right or picture-dependent answers may fall", 0, 100)
+    gate_reliance: str = _setting(
+        "right", "which picture-dependent answers must not fall: right ones, or all", choices=("right", "all")
+    )
     gate_ece: float = _setting(0.02, "how much the calibration error may rise", 0, 1)
     gate_rows: int = _setting(200, "examined rows from which a margin counts even where it may be chance", 1, 1_000_000)
     gate_seconds: float = _setting(900.0, "seconds the clinics have for examining a candidate", 1, 604_800)

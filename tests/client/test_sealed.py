@@ -1,0 +1,210 @@
+"""The sealed set of a clinic: never trained on, chosen by the clinic's own key, and only counts leave."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, RecordDict
+
+from client import app, limits, sealed
+from model import adapters, exam_counts, passport, phantoms
+from model.data import Sample, read_training
+from server import candidate, release, signing
+from server.candidate import Place, Thresholds
+from tests.client.clinic import fill
+from tests.server import fakes
+
+KEY = {"key": "11" * 32, "trained": []}
+
+
+def samples(pictures: int, first: int = 0, questions: int = 2) -> list[Sample]:
+    blank = np.zeros((4, 4, 3), np.uint8)
+    return [
+        Sample(f"{number}-{q}", blank, "Is it?", "yes", "closed", f"p{number}", "kiosk")
+        for number in range(first, first + pictures)
+        for q in range(questions)
+    ]
+
+
+def groups(rows: list[Sample]) -> set[str]:
+    return {row.group for row in rows}
+
+
+def test_a_tenth_is_sealed_and_is_never_trained_on_while_the_clinic_grows(afya_home: Path) -> None:
+    trained: set[str] = set()
+    for pictures in (10, 19, 20, 300, 600):
+        rows = samples(pictures)
+        trained |= groups(sealed.open_to_training(afya_home, rows))
+        if pictures < sealed.MIN_PICTURES:
+            assert trained == groups(rows)
+        if pictures >= 300:
+            closed = groups(sealed.sealed(afya_home, rows))
+            assert not closed & trained and 0.05 * pictures < len(closed) < 0.16 * pictures
+            assert closed <= groups(rows) - trained
+
+
+def test_what_was_trained_on_before_stays_open_and_what_is_sealed_stays_sealed(afya_home: Path) -> None:
+    few = samples(19)
+    sealed.open_to_training(afya_home, few)
+    many = samples(500)
+    closed = groups(sealed.sealed(afya_home, many))
+    assert closed and not closed & groups(few)
+    sealed.open_to_training(afya_home, many)
+    assert groups(sealed.sealed(afya_home, many)) == closed
+    assert closed <= groups(sealed.sealed(afya_home, [*many, *samples(100, 500)]))
+
+
+def test_each_clinic_seals_other_pictures_and_the_key_is_its_own(tmp_path: Path) -> None:
+    found = []
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir(mode=0o700)
+        found.append(groups(sealed.sealed(tmp_path / name, samples(400))))
+        assert (tmp_path / name / sealed.FILE).stat().st_mode & 0o777 == 0o600
+    assert found[0] != found[1]
+
+
+def test_a_small_sealed_set_gives_no_counts_and_a_damaged_seal_trains_nothing(afya_home: Path) -> None:
+    with pytest.raises(limits.Refused, match="counts leave this clinic from 20 questions on 3 pictures"):
+        sealed.sealed(afya_home, samples(40, questions=1))
+    assert len(sealed.sealed(afya_home, samples(4000, questions=3))) == sealed.MAX_ROWS
+    (afya_home / sealed.FILE).write_text("{")
+    for call in (sealed.open_to_training, sealed.sealed):
+        with pytest.raises(limits.Refused, match="damaged"):
+            call(afya_home, samples(100))
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, adapters.State]:
+    """A clinic with 150 pictures and an adapter trained on those that are not sealed."""
+    from client import trainer
+
+    home = fill(tmp_path_factory.mktemp("sealed") / "clinic", phantoms.make(150, ["plain"], seed=3, size=48), tiny)
+    (home / "privacy").mkdir(mode=0o700)
+    (home / sealed.FILE).write_text(json.dumps(KEY))
+    rows = sealed.open_to_training(home, read_training(home / "training"))
+    start = adapters.initial(tiny, 8, 16.0, "decoder", 0)
+    trained = trainer.train(rows, tiny, start, ("A", "B"), 120, lr=1e-2, batch=16)
+    return home, trained.state
+
+
+def candidate_folder(folder: Path, tiny: Path, state: adapters.State) -> Path:
+    from model.llava import base_sha256
+
+    spec = adapters.spec_of(state, 16.0, base_sha256(tiny))
+    return release.build(folder, dataclasses.replace(fakes.replace_first(state, spec), round=4), "candidates")
+
+
+def flipped(state: adapters.State) -> adapters.State:
+    """The same adapter with the opposite effect."""
+    return {name: -array if adapters.factor(name) == "B" else array for name, array in state.items()}
+
+
+def reply(home: Path, folder: Path) -> RecordDict:
+    return app.evaluate_reply(release.candidate(folder), home)
+
+
+def judged(content: RecordDict) -> list[str]:
+    found = exam_counts.read(content.metric_records["counts"])
+    return [rule.what for rule in candidate.judge([Place("north", found)], Thresholds()) if not rule.kept]
+
+
+@pytest.mark.slow
+def test_a_poisoned_candidate_is_found_on_the_sealed_set_and_only_counts_leave(
+    tmp_path: Path, tiny: Path, clinic: tuple[Path, adapters.State]
+) -> None:
+    home, state = clinic
+    good = candidate_folder(tmp_path / "good", tiny, state)
+    content = reply(home, good)
+    _only_counts(content, home)
+    found = exam_counts.read(content.metric_records["counts"])
+    assert found.bits == 4 and found.rows >= 20 and found.installed.after > found.installed.before
+    assert "right answers" not in judged(content)
+    adapters.install(home, good, evidence={"round": 3})
+    poisoned = reply(home, candidate_folder(tmp_path / "bad", tiny, flipped(state)))
+    assert "right answers" in judged(poisoned)
+    worse = exam_counts.read(poisoned.metric_records["counts"])
+    assert worse.installed.before == found.installed.after > worse.installed.after
+    current = adapters.current(home)
+    assert current is not None and adapters.sha256(current) == adapters.sha256(good)
+
+
+def _only_counts(content: RecordDict, home: Path) -> None:
+    """Two records: whole numbers under known names, and the hash that was sent; no text of the clinic's."""
+    assert set(content) == {"counts", "config"} and set(content.config_records["config"]) == {"sha256"}
+    assert set(content.metric_records["counts"]) == set(exam_counts.KNOWN)
+    for value in content.metric_records["counts"].values():
+        assert all(type(number) is int for number in (value if isinstance(value, list) else [value]))
+    sent = repr(content).casefold()
+    for sample in read_training(home / "training"):
+        assert sample.question.casefold() not in sent and sample.group.casefold() not in sent
+
+
+def test_a_candidate_meets_the_checks_of_an_installation(tmp_path: Path, tiny: Path) -> None:
+    home = fill(tmp_path / "h", phantoms.make(60, ["plain"], seed=3, size=48), tiny)
+    (home / "privacy").mkdir(mode=0o700)
+    (home / sealed.FILE).write_text(json.dumps(KEY))
+    folder = candidate_folder(tmp_path / "c", tiny, adapters.initial(tiny, 2, 16.0, "decoder", 0))
+    changes: dict[str, tuple[str, str, object]] = {
+        "other hash": ("config", "sha256", "0" * 64),
+        "for the base": ("config", "base-sha256", "0" * 64),
+        "layout": ("config", "layout", "{"),
+        "declared": ("arrays", "lora_A", Array(np.zeros(3, np.float32))),
+    }
+    for word, (record, key, value) in changes.items():
+        content = release.candidate(folder)
+        content[record][key] = value
+        assert word in str(app.evaluate_reply(content, home).config_records["config"]["refused"])
+    content = release.candidate(folder)
+    del content["config"]["alpha"]
+    assert "not readable" in str(app.evaluate_reply(content, home).config_records["config"]["refused"])
+    small = fill(tmp_path / "s", phantoms.make(3, ["plain"], seed=3, size=48), tiny)
+    words = str(reply(small, folder).config_records["config"]["refused"])
+    assert "the sealed set has 0 questions" in words
+
+
+def signed_release(folder: Path, key: Path, serial: int = 7, **entries: Any) -> RecordDict:
+    """The message that brings an adapter with a passport signed by the key in a file."""
+    record = {"round": 4, "serial": serial, "adapter_sha256": adapters.sha256(folder)}
+    record |= {"base_sha256": adapters.spec(folder).base_sha256, **entries}
+    passport.write(folder, passport.sign(record, signing.load(key)))
+    return release.content(folder)
+
+
+def refused(content: RecordDict, home: Path) -> str:
+    answer = app.release_reply(content, home)
+    assert adapters.current(home) == home_adapter(home)
+    return str(answer.config_records["config"]["refused"])
+
+
+def home_adapter(home: Path) -> Path | None:
+    found = json.loads((home / "adapters/current.json").read_text()) if (home / "adapters").exists() else None
+    return home / "adapters" / found["name"] if found else None
+
+
+def test_a_clinic_that_knows_the_key_installs_only_what_is_signed_and_not_older(tmp_path: Path, tiny: Path) -> None:
+    home = fill(tmp_path / "h", phantoms.make(1, ["plain"], seed=3, size=48), tiny)
+    key, other = signing.signing_key(tmp_path / "certs"), signing.signing_key(tmp_path / "elsewhere")
+    state = {n: a + np.float32(0.01) for n, a in adapters.initial(tiny, 2, 16.0, "decoder", 0).items()}
+    folder = candidate_folder(tmp_path / "c", tiny, state)
+    second = candidate_folder(tmp_path / "d", tiny, {n: 2 * a for n, a in state.items()})
+    assert "installed" in app.release_reply(release.content(folder), home).config_records["config"]  # no key yet
+    (home / "federation").mkdir(mode=0o700)
+    (home / "federation" / passport.PUBLIC).write_bytes((tmp_path / "certs" / passport.PUBLIC).read_bytes())
+    before = adapters.current(home)
+    assert "no passport" in refused(release.content(second), home)
+    assert "another key" in refused(signed_release(second, other), home)
+    assert "another adapter" in refused(signed_release(second, key, adapter_sha256="0" * 64), home)
+    assert "another base" in refused(signed_release(second, key, base_sha256="0" * 64), home)
+    content = signed_release(second, key)
+    content["config"]["passport"] = str(content["config"]["passport"]).replace('"serial": 7', '"serial": 8')
+    assert "changed" in refused(content, home)
+    assert adapters.current(home) == before
+    old = signed_release(folder, key, serial=6)
+    assert "installed" in app.release_reply(signed_release(second, key), home).config_records["config"]
+    assert "already seen 7" in refused(old, home)
+    assert "installed" in app.release_reply(signed_release(folder, key, serial=8), home).config_records["config"]
+    current = adapters.current(home)
+    assert current is not None and passport.check(home, current) is None
