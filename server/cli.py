@@ -11,6 +11,7 @@ import click
 from server.data_cli import data
 from server.members_cli import invite, revoke, service
 from server.rollback_cli import rollback
+from server.status_cli import page, status
 from server.train_cli import train
 
 _STATE = click.option(
@@ -200,5 +201,7 @@ main.add_command(data)
 main.add_command(invite)
 main.add_command(revoke)
 main.add_command(service)
+main.add_command(page)
+main.add_command(status)
 main.add_command(rollback)
 main.add_command(train)

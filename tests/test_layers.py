@@ -37,7 +37,7 @@ DOORS = {
     "triton": ["model/cuda_kernels.py"],
     "flwr": ["client/app.py", "server/app.py", "server/release.py", "server/rounds.py"],
     "deepspeed": ["server/train.py", "server/stage.py", "server/stage_model.py"],
-    "streamlit": ["kiosk/app.py", "kiosk/views*.py"],
+    "streamlit": ["kiosk/app.py", "kiosk/views*.py", "server/page.py"],
     "sqlite_utils": ["kiosk/store.py", "kiosk/schema.py"],
     "pydicom": ["model/dicom.py", "model/deid.py", "model/voi.py", "model/jpeg_frame.py"],
     "gdcm": ["model/jpeg_frame.py"],
