@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from client import memory
 from model.data import Sample, load_rgb
 from model.packing import shared_prefix
+from model.prompts import IGNORE
 
 PACK = 4  # questions in one sequence: beyond it the questions, not the picture, take most of the positions
 PROBE = 32  # samples on which the loss before and after is measured: enough to see a change, a second on two cores
@@ -39,18 +41,34 @@ class Batches:
         tokens, tokenizer, template = self._image_tokens(), self.processor.tokenizer, loaded.template
         self.encoded = [encode_sample(sample, tokenizer, tokens, template=template) for sample in samples]
         self.prefix = shared_prefix(self.encoded, self.core.config.image_token_id)
+        self.learnt = [sum(label != IGNORE for label in item.labels) for item in self.encoded]
+        self.names = [sample.group for sample in samples]
         self.batch, self.generator = min(batch, len(self.encoded)), np.random.default_rng(seed)
         self.order: list[Group] = []
         self.probe_groups = list(self._some(np.random.default_rng(0)))
 
-    def next_loss(self) -> Any:
-        """Loss (scalar tensor) of the next batch; every sample comes once before any comes again."""
+    def next_groups(self) -> list[Group]:
+        """Rows of the next batch; every sample comes once before any comes again."""
         groups: list[Group] = []
         while sum(map(len, groups)) < self.batch:
             if not self.order:
                 self.order = self._groups(self.generator)
             groups.append(self.order.pop())
-        return self.loss(groups)
+        return groups
+
+    def patients(self) -> list[list[Group]]:
+        """The groups of each patient (`Sample.group`), in the order of the patients' names."""
+        images: dict[str, dict[int, Group]] = {}
+        for row, name in enumerate(self.names):
+            images.setdefault(name, {}).setdefault(self.image_of[row], []).append(row)
+        return [
+            [rows[first : first + PACK] for rows in images[name].values() for first in range(0, len(rows), PACK)]
+            for name in sorted(images)
+        ]
+
+    def answer_tokens(self, groups: Sequence[Group]) -> int:
+        """Number of tokens that the loss of these groups is the mean of."""
+        return sum(self.learnt[row] for group in groups for row in group)
 
     def _some(self, generator: np.random.Generator) -> Iterator[Group]:
         """Groups with about `PROBE` samples together."""
@@ -68,18 +86,25 @@ class Batches:
         return grouped(range(len(self.encoded)), self.image_of, PACK, generator)
 
     def probe(self) -> float:
-        """Loss over a fixed handful of samples, without gradients."""
+        """Loss over a fixed handful of samples, without gradients; picture by picture where memory runs out."""
         import torch
 
         with torch.no_grad():
-            return float(self.loss(self.probe_groups))
+            try:
+                return float(self.loss(self.probe_groups))
+            except (MemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+            memory.free()
+            total = max(1, self.answer_tokens(self.probe_groups))
+            shares = ((self.answer_tokens([group]) / total, group) for group in self.probe_groups)
+            return sum(share * float(self.loss([group])) for share, group in shares if share)
 
     def loss(self, groups: Sequence[Group]) -> Any:
         """Cross-entropy over the answers' tokens of these groups; logits of picture positions are never computed."""
         import torch
 
         from model.packing import pack, visible
-        from model.prompts import IGNORE
 
         packed = pack(self.encoded, groups, self.prefix, self.processor.tokenizer.pad_token_id)
         ids, labels, segments, positions = (tensor.to(self.loaded.device) for tensor in packed)
@@ -119,14 +144,33 @@ class Batches:
         hook = projector.register_forward_hook(
             lambda _, given, made: seen.append(made if self.projector_frozen else given[0])
         )
+        first, at_once = 0, _AT_ONCE
         try:
             with torch.no_grad():
-                for first in range(0, len(self.pictures), _AT_ONCE):
-                    images = range(first, min(first + _AT_ONCE, len(self.pictures)))
-                    self.core.get_image_features(pixel_values=self._pixels(images))
+                while first < len(self.pictures):
+                    images, whole = range(first, min(first + at_once, len(self.pictures))), len(seen)
+                    if self._seen_by_tower(images):
+                        first += at_once
+                        continue
+                    del seen[whole:]
+                    memory.free()
+                    if at_once > 1:
+                        at_once //= 2
+                    else:
+                        raise MemoryError("out of memory: not even one picture goes through the vision tower")
         finally:
             hook.remove()
         return torch.cat(seen)
+
+    def _seen_by_tower(self, images: Sequence[int]) -> bool:
+        """Send pictures through tower and projector; False when memory ran out over it."""
+        try:
+            self.core.get_image_features(pixel_values=self._pixels(images))
+        except (MemoryError, RuntimeError) as error:
+            if not memory.ran_out(error):
+                raise
+            return False
+        return True
 
     def _image_tokens(self) -> int:
         import torch

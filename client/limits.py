@@ -5,6 +5,7 @@ nothing is trained. This code travels with the federation's bundle, so it guards
 that means harm stand the consent gate of the kiosk and a separate system user (SECURITY.md).
 """
 
+import datetime
 import os
 import re
 import tomllib
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from client import schedule
 from model import adapters
 
 
@@ -38,11 +40,21 @@ class Limits:
     max_steps: int = _limit(500, "most optimizer steps in a round")
     min_steps: int = _limit(8, "fewest steps: an update of one step says too much about its samples")
     min_examples: int = _limit(16, "fewest consented samples: below it this clinic sits a round out")
+    min_cases: int = _limit(16, "fewest patients, or pictures where patients are not known: likewise")
     min_lr: float = _limit(1e-6, "smallest learning rate")
     max_lr: float = _limit(1e-2, "largest learning rate")
     max_batch: int = _limit(64, "most samples in a step")
-    max_seconds: float = _limit(1800.0, "training stops after this many seconds")
+    max_mu: float = _limit(1.0, "largest proximal term (FedProx)")
+    max_minutes: float = _limit(30.0, "training stops after this many minutes, waiting for the kiosk included")
+    hours: str = _limit("", 'hours of the day for training by this clock, as "22:00-06:00, 12:30-13:30"; empty: any')
+    max_memory_mib: int = _limit(0, "most memory (MiB) of the training process; 0: no limit")
+    nice: int = _limit(10, "priority of training, from 0 (as other programs) to 19 (last)")
     threads: int = _limit(0, "processor threads for training; 0: as the system says")
+    dp: bool = _limit(False, "train with differential privacy (DP-SGD) for each patient")
+    dp_epsilon: float = _limit(8.0, "privacy budget of this clinic over all rounds: nothing leaves beyond it")
+    dp_delta: float = _limit(1e-5, "delta of that budget; must stay below one over the number of patients")
+    dp_clip: float = _limit(0.5, "largest norm of one patient's gradient")
+    dp_noise: float = _limit(1.0, "noise added to the sum of gradients, as a multiple of dp_clip")
 
 
 _KINDS: dict[str, type] = {str(kind): kind for kind in (int, float, str)}
@@ -61,6 +73,7 @@ class Request:
     lr: float
     batch_size: int
     seed: int
+    proximal_mu: float
 
 
 def read_settings(home: Path) -> dict[str, Any]:
@@ -89,7 +102,41 @@ def read_limits(home: Path) -> Limits:
         if type(value) is not kind:
             raise SettingsWrong(f"{home / 'afya.toml'}: [client] {name} must be of type {kind.__name__}.")
         values[name] = value
-    return Limits(**values)
+    found = Limits(**values)
+    if mistake := _mistake(found):
+        raise SettingsWrong(f"{home / 'afya.toml'}: [client] {mistake}.")
+    return found
+
+
+def niceness(home: Path) -> int:
+    """Priority for training; the lowest where the settings are wrong, since the round is refused for that anyway."""
+    try:
+        return read_limits(home).nice
+    except SettingsWrong:
+        return 19
+
+
+def _mistake(limits: Limits) -> str:
+    """What is wrong with a value of the right type, or an empty string."""
+    try:
+        schedule.parse(limits.hours)
+    except ValueError as error:
+        return f"hours: {error}"
+    bounds = (
+        ("nice", limits.nice, 0, 19),
+        ("max_minutes", limits.max_minutes, 0.01, 10_080),
+        ("max_memory_mib", limits.max_memory_mib, 0, 1 << 30),
+        ("dp_epsilon", limits.dp_epsilon, 0.01, 20),
+        ("dp_delta", limits.dp_delta, 1e-12, 1e-3),
+        ("dp_clip", limits.dp_clip, 1e-6, 1e3),
+        ("dp_noise", limits.dp_noise, 0.3, 1e3),
+    )
+    wrong = [
+        f"{name} is {value}, it goes from {low} to {high}"
+        for name, value, low, high in bounds
+        if not low <= value <= high
+    ]
+    return wrong[0] if wrong else ""
 
 
 CONNECTION = ("server", "ca", "key", "port")  # entries of [client] that `afya-client join` reads
@@ -120,7 +167,17 @@ def parse(config: Mapping[str, Any]) -> Request:
     return Request(**values)
 
 
-def check(request: Request, spec: adapters.AdapterSpec, limits: Limits, base_sha256: str, examples: int) -> None:
+def check_open(limits: Limits, now: datetime.datetime) -> float:
+    """Seconds that training may take from `now` (local time) on. Raises Refused outside the clinic's hours."""
+    left = schedule.seconds_left(limits.hours, now)
+    if not left:
+        raise Refused(f"this clinic trains at {limits.hours} only, and its clock shows {now:%H:%M}")
+    return min(left, 60 * limits.max_minutes)
+
+
+def check(
+    request: Request, spec: adapters.AdapterSpec, limits: Limits, base_sha256: str, examples: int, cases: int
+) -> None:
     """Raise Refused with the first reason why this clinic does not train what is asked."""
     if request.base_sha256 != base_sha256:
         raise Refused(f"the base model asked for is {request.base_sha256[:12]}, this clinic has {base_sha256[:12]}")
@@ -134,12 +191,15 @@ def check(request: Request, spec: adapters.AdapterSpec, limits: Limits, base_sha
         ("rank", spec.rank, 1, limits.max_rank),
         ("alpha", request.alpha, 1e-3, limits.max_alpha),
         ("server-round", request.server_round, 1, 1_000_000),
+        ("proximal-mu", request.proximal_mu, 0.0, limits.max_mu),
     )
     for name, value, low, high in ranges:
         if not low <= value <= high:
             raise Refused(f"{name} is {value}, this clinic allows {low} to {high}")
     if examples < limits.min_examples:
         raise Refused(f"this clinic has {examples} consented samples and takes part from {limits.min_examples}")
+    if cases < limits.min_cases:
+        raise Refused(f"this clinic has samples of {cases} patients and takes part from {limits.min_cases}")
 
 
 def check_targets(spec: adapters.AdapterSpec, limits: Limits) -> None:

@@ -2,7 +2,7 @@
 
 `train` is the same code for a federated round (one factor), for a clinic alone and for pooled data (both factors).
 Features of the tower are computed once when no target layer lies in it. Not here: what a clinic allows
-(`client.limits`), differential privacy, and backing off when memory runs out.
+(`client.limits`), the steps (`client.steps`), noise and clipping for each patient (`client.privacy`).
 """
 
 import math
@@ -14,22 +14,23 @@ from typing import Any
 
 import numpy as np
 
+from client import memory
 from client.batches import Batches
+from client.courtesy import Courtesy, between_layers
+from client.privacy import Noise, PrivateGradient
+from client.steps import Gradient, TrainingFailed, run
 from model import adapters
 from model.data import Sample
 
-WARMUP = 0.05  # share of the steps over which the learning rate rises
-FLOOR = 0.1  # share of the learning rate that is left at the last step
-CLIP = 1.0  # largest gradient norm of one step; a single odd sample must not throw the factors off
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot start or did not end well; the message says why and what to do."""
+__all__ = ["Options", "Trained", "TrainingFailed", "train"]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave: the whole `state` (arrays of a frozen factor are the very same) and how it went."""
+    """What training gave: the whole `state` (arrays of a frozen factor are the very same) and how it went.
+
+    `at_once` is the number of questions computed together, less than a batch where memory ran out.
+    """
 
     state: adapters.State
     loss_before: float
@@ -39,6 +40,26 @@ class Trained:
     examples: int
     seconds: float
     peak_rss_mib: float
+    waited: float = 0.0
+    at_once: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `train` goes about it. `mu` is FedProx's proximal term; with `noise` every step is one of DP-SGD."""
+
+    lr: float = 2e-3
+    batch: int = 16  # samples in a step
+    alpha: float = 16.0
+    seed: int = 0  # decides order and result, but for the noise
+    bits: int = 4
+    mu: float = 0.0
+    noise: Noise | None = None
+    seconds: float | None = None  # training ends early after them
+    threads: int | None = None
+    most_mib: int = 0  # memory that this process may take; 0: all there is
+    courtesy: Courtesy | None = None  # says when to stand still
+    progress: Callable[[int, int, float], None] | None = None  # called with (step, steps, loss) after each step
 
 
 def train(
@@ -47,39 +68,58 @@ def train(
     adapter_state: adapters.State,
     factors: Sequence[str] = ("A", "B"),
     steps: int = 60,
-    *,
-    lr: float = 2e-3,
-    batch: int = 16,
-    alpha: float = 16.0,
-    seed: int = 0,
-    bits: int = 4,
-    seconds: float | None = None,
-    threads: int | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    **options: Any,
 ) -> Trained:
-    """Train `factors` of `adapter_state` on `samples` with the base model in `base` at `bits` bits.
+    """Train `factors` of `adapter_state` on `samples` with the base model in `base`, `steps` optimizer steps.
 
-    `steps` optimizer steps of `batch` samples with AdamW; stops early after `seconds`. `progress(step, steps, loss)` is
-    called after each step. Order and result depend on `seed` only. Raises TrainingFailed, DataError, AdapterRejected.
+    `options` are the fields of `Options`. Raises TrainingFailed, MemoryShort, TimeOver, DataError, AdapterRejected.
     """
     import torch
 
-    start = time.monotonic()
+    how, start = Options(**options), time.monotonic()
     if not samples:
         raise TrainingFailed("There are no samples to train on; correct and consent some cases at the kiosk first.")
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    model, loaded = _attach(base, bits, adapter_state, alpha, factors)
-    batches = Batches(samples, model, loaded, [adapters.module(name) for name in adapter_state], batch, seed)
-    before = batches.probe()
-    losses = _loop(model, batches, steps, lr, start, seconds, progress)
-    after = batches.probe()
+    if how.threads:
+        torch.set_num_threads(how.threads)
+    torch.manual_seed(how.seed)
+    deadline = None if how.seconds is None else start + how.seconds
+    if how.courtesy:
+        how.courtesy.deadline = deadline
+    with memory.capped(how.most_mib):
+        _wait(how)()
+        model, batches = _prepare(samples, base, adapter_state, factors, how)
+        gradient = Gradient(batches, [p for p in model.parameters() if p.requires_grad])
+        private = PrivateGradient(gradient, batches.patients(), how.noise) if how.noise else gradient
+        before = batches.probe()
+        losses = run(private, steps, how.lr, how.mu, deadline, _wait(how), how.progress)
+        after = batches.probe()
     if not math.isfinite(after):
         raise TrainingFailed("The loss is no longer a number; use a smaller learning rate.")
-    state = _state(model, adapter_state, factors)
-    took = time.monotonic() - start
-    return Trained(state, before, after, tuple(losses), len(losses), len(samples), took, _peak_mib())
+    state, took = _state(model, adapter_state, factors), time.monotonic() - start
+    waited, count = how.courtesy.waited if how.courtesy else 0.0, len(samples)
+    return Trained(state, before, after, tuple(losses), len(losses), count, took, _peak_mib(), waited, gradient.most)
+
+
+def _wait(how: Options) -> Callable[[], None]:
+    """What to do before each step: stand still while the kiosk answers, and see that memory is within its bounds."""
+
+    def wait() -> None:
+        if how.courtesy:
+            how.courtesy.pause()
+        memory.check(how.most_mib)
+
+    return wait
+
+
+def _prepare(
+    samples: Sequence[Sample], base: Path, state: adapters.State, factors: Sequence[str], how: Options
+) -> tuple[Any, Batches]:
+    """The model with its adapter, and the samples as it wants them."""
+    model, loaded = _attach(base, how.bits, state, how.alpha, factors)
+    if how.courtesy:
+        between_layers(model, how.courtesy.pause)
+    modules = [adapters.module(name) for name in state]
+    return model, Batches(samples, model, loaded, modules, how.batch, how.seed)
 
 
 def _attach(base: Path, bits: int, state: adapters.State, alpha: float, factors: Sequence[str]) -> tuple[Any, Any]:
@@ -138,48 +178,6 @@ def _state(model: Any, before: adapters.State, factors: Sequence[str]) -> adapte
         name: found[name].detach().cpu().numpy().copy() if adapters.factor(name) in factors else array
         for name, array in before.items()
     }
-
-
-def _loop(
-    model: Any,
-    batches: Batches,
-    steps: int,
-    lr: float,
-    start: float,
-    seconds: float | None,
-    progress: Callable[[int, int, float], None] | None,
-) -> list[float]:
-    """The optimizer steps; returns the loss of each."""
-    import torch
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    losses: list[float] = []
-    for step in range(steps):
-        loss = batches.next_loss()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise TrainingFailed(f"The loss is no longer a number at step {step + 1}; use a smaller learning rate.")
-        if progress:
-            progress(step + 1, steps, losses[-1])
-        if seconds is not None and time.monotonic() - start > seconds:
-            break
-    return losses
-
-
-def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate at `step`: linear warm-up, then a cosine down to `FLOOR`."""
-    warm = max(1, round(steps * WARMUP))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _peak_mib() -> float:

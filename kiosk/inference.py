@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from kiosk import memlog
 from kiosk.adapter_watch import AdapterWatch, sentence
+from kiosk.busy import Inbox
 from kiosk.jobs import AnswerFailed, Job
 from kiosk.settings import Settings
 from kiosk.store import CaseStore, StoreError
@@ -65,7 +66,7 @@ class Engine:
 
     def __init__(self, store: CaseStore, home: Path, settings: Settings, factory: "Callable[[], Backend]") -> None:
         self._store, self._settings, self._factory = store, settings, factory
-        self._inbox: queue.Queue[Job | np.ndarray | None] = queue.Queue()
+        self._inbox = Inbox(home)  # of Job | np.ndarray | None
         self._waiting: deque[Job] = deque()  # this and the next three belong to the worker
         self._running: dict[int, Job] = {}
         self._batch: TorchBatch | Serial | None = None

@@ -26,7 +26,9 @@ CORRECTION = "nodule left"
 
 def _kiosk(home: Path, tiny: Path) -> Desk:
     home.mkdir(mode=0o700)
-    (home / "afya.toml").write_text(f'model = "{tiny}"\nbits = 4\nanswer_tokens = 8\n[client]\nmin_examples = 1\n')
+    (home / "afya.toml").write_text(
+        f'model = "{tiny}"\nbits = 4\nanswer_tokens = 8\n[client]\nmin_examples = 1\nmin_cases = 1\n'
+    )
     return open_desk(home)
 
 

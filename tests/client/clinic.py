@@ -26,6 +26,8 @@ def fill(home: Path, samples: Sequence[Sample], base: Path, limits: str = "") ->
         row = {"id": f"{number:04d}", "image": name, "question": sample.question, "answer": sample.answer}
         row |= {"answer_type": sample.answer_type, "group": sample.group, "source": "kiosk"}
         (folder / "samples" / f"{number:04d}.json").write_text(json.dumps(row))
+    if "min_cases" not in limits:
+        limits += "\nmin_cases = 1"  # the tests' clinics have few pictures with many questions each
     (home / "afya.toml").write_text(f"model = {json.dumps(str(base))}\n[client]\n{limits}\n")
     return home
 
@@ -42,6 +44,7 @@ def request(base: Path, state: adapters.State, **changes: Any) -> RecordDict:
         "lr": 2e-3,
         "batch-size": 4,
         "seed": 0,
+        "proximal-mu": 0.0,
     }
     config |= {name.replace("_", "-"): value for name, value in changes.items()}
     kept = {name: value for name, value in config.items() if value is not None}

@@ -1,5 +1,6 @@
 """A clinic's answers: trains what it allows, refuses the rest with a reason, installs only what it has checked."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flwr.app import Array, RecordDict
 
 from client import app, limits
 from model import adapters, phantoms, wire
-from server import release
+from server import release, rounds
 from tests.client.clinic import fill, request
 from tests.server import fakes
 from tests.server.bad_replies import _huge, _object
@@ -61,6 +62,7 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "steps as text": ({"local_steps": "8; rm -rf /"}, "local-steps"),
     "steps as truth": ({"local_steps": True}, "local-steps"),
     "no rate": ({"lr": None}, "lacks 'lr'"),
+    "a pull of 100": ({"proximal_mu": 100.0}, "proximal-mu is 100.0"),
     "round -1": ({"server_round": -1}, "server-round"),
 }
 
@@ -166,3 +168,44 @@ def test_a_release_that_is_not_sound_is_refused_and_the_old_one_stays(tmp_path: 
         content[record][key] = value
         assert word in reason(app.release_reply(content, clinic))
         assert adapters.current(clinic) == before
+
+
+def test_outside_its_hours_a_clinic_refuses_with_the_hours(clinic: Path, tiny: Path, state: adapters.State) -> None:
+    with open(clinic / "afya.toml", "a") as file:
+        file.write('hours = "22:00-06:00"\n')
+    noon, night = (datetime.datetime(2026, 3, 2, hour, 30) for hour in (12, 23))
+    words = reason(app.train_reply(request(tiny, state), clinic, noon))
+    assert words == "this clinic trains at 22:00-06:00 only, and its clock shows 12:30"
+    assert set(app.train_reply(request(tiny, state), clinic, night)) == {"arrays", "metrics"}
+
+
+def test_an_update_of_too_few_steps_does_not_leave_when_the_time_is_over(
+    clinic: Path, tiny: Path, state: adapters.State
+) -> None:
+    with open(clinic / "afya.toml", "a") as file:
+        file.write('hours = "22:00-06:00"\n')
+    last = datetime.datetime(2026, 3, 2, 5, 59, 59, 999_000)
+    assert "the time was over after 1 steps" in reason(app.train_reply(request(tiny, state), clinic, last))
+
+
+def test_too_few_patients_sit_the_round_out_however_many_questions(
+    clinic: Path, tiny: Path, state: adapters.State
+) -> None:
+    (clinic / "afya.toml").write_text((clinic / "afya.toml").read_text().replace("min_cases = 1", "min_cases = 4"))
+    assert "samples of 3 patients and takes part from 4" in reason(app.train_reply(request(tiny, state), clinic))
+
+
+def test_a_refusal_for_the_hour_is_counted_as_one_by_the_round(
+    clinic: Path, tiny: Path, state: adapters.State, tmp_path: Path
+) -> None:
+    with open(clinic / "afya.toml", "a") as file:
+        file.write('hours = "22:00-06:00"\n')
+    noon = datetime.datetime(2026, 3, 2, 12, 30)
+    grid = fakes.FakeGrid({1: lambda node, message: app.train_reply(message.content, clinic, noon), 2: fakes.honest()})
+    clock = fakes.Clock()
+    chosen = fakes.settings(tmp_path / "rounds", tiny, num_server_rounds=1, min_clinics=1, gate="off")
+    after = rounds.federate(grid, chosen, sleep=clock.sleep, clock=clock)
+    assert [(r.clinic, r.reason) for r in after.rejected] == [
+        ("clinic-1", "the clinic refused: this clinic trains at 22:00-06:00 only, and its clock shows 12:30")
+    ]
+    assert after.changed
