@@ -80,7 +80,7 @@ def join(
     A lost connection is taken up again by itself.
     """
     from client import doctor, invitation, node
-    from model import files
+    from model import files, passport
 
     home = files.home()
     if file is not None:
@@ -90,6 +90,7 @@ def join(
     faults = [f"{c.name}: {c.detail}" for c in _guard(lambda: doctor.examine(home, link)) if not c.ok]
     if faults or link is None:
         raise click.ClickException(" ".join(faults))
+    _guard(lambda: passport.adopt(home, link.ca.parent))
     if service:
         _guard(lambda: _serve(home, link))
         return

@@ -87,8 +87,7 @@ def count(base: Marks, installed: Marks, candidate: Marks, groups: Sequence[str]
     sizes = [list(groups).count(name) for name in set(groups)]
     seen = None
     if installed.reliant is not None and candidate.reliant is not None:
-        rows = [zip(one.right, one.reliant or [], strict=True) for one in (installed, candidate)]
-        seen = [[a and b for a, b in pairs] for pairs in rows]
+        seen = exam_counts.pair(_both(installed), _both(candidate), groups)
     return Counts(
         bits=bits,
         rows=len(groups),
@@ -97,7 +96,12 @@ def count(base: Marks, installed: Marks, candidate: Marks, groups: Sequence[str]
         installed=exam_counts.pair(installed.right, candidate.right, groups),
         base=exam_counts.pair(base.right, candidate.right, groups),
         reliance=exam_counts.pair(installed.reliant or [], candidate.reliant or [], groups) if seen else None,
-        seen=exam_counts.pair(*seen, groups) if seen else None,
+        seen=seen,
         before=calibration.cells(installed.confidence, installed.right),
         after=calibration.cells(candidate.confidence, candidate.right),
     )
+
+
+def _both(marks: Marks) -> list[bool]:
+    """Rows that are right and depend on the picture."""
+    return [right and reliant for right, reliant in zip(marks.right, marks.reliant or [], strict=True)]

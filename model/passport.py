@@ -58,9 +58,7 @@ def read(text: str) -> tuple[dict[str, Any], bytes | None]:
             raise ValueError("another format")
         return record, None if signature is None else base64.b64decode(signature, validate=True)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterRejected(
-            "The adapter's passport is not readable; ask the coordinator for another."
-        ) from error
+        raise AdapterRejected("The adapter's passport is not readable; ask the coordinator for another.") from error
 
 
 def verify(text: str, public: Any, adapter_sha256: str, base_sha256: str) -> dict[str, Any]:

@@ -42,9 +42,7 @@ def load(path: Path) -> Any:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, CertsError):
             raise
-        raise CertsError(
-            f"{path} is no readable key; put its copy back."
-        ) from error
+        raise CertsError(f"{path} is no readable key; put its copy back.") from error
     if not isinstance(found, Ed25519PrivateKey):
         raise CertsError(f"{path} is not an Ed25519 key; remove it and run `afya-server certs` again.")
     return found
