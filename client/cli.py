@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from client.rounds_cli import budget, export_round, import_round
+
 _SERVER = click.option("--server", metavar="HOST:PORT", help="The federation's server.  [default: afya.toml]")
 _BUNDLE = click.option(
     "--bundle",
@@ -148,3 +150,8 @@ def rollback(yes: bool) -> None:
         click.confirm("Go back to the adapter before?", abort=True)
     name = _guard(lambda: adapters.rollback(files.home()))
     click.echo(f"In use now: {name or 'the bare base model'}.")
+
+
+main.add_command(budget)
+main.add_command(export_round)
+main.add_command(import_round)

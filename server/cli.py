@@ -13,6 +13,7 @@ from server.members_cli import invite, revoke, service
 from server.rollback_cli import rollback
 from server.status_cli import page, status
 from server.train_cli import train
+from server.usb_cli import export_round, import_round
 
 _STATE = click.option(
     "--state",
@@ -205,3 +206,5 @@ main.add_command(page)
 main.add_command(status)
 main.add_command(rollback)
 main.add_command(train)
+main.add_command(export_round)
+main.add_command(import_round)

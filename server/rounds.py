@@ -39,10 +39,12 @@ class Federation:
         *,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        exchange: Callable[..., Iterator[tuple[int, Any]]] | None = None,
     ) -> None:
         self.grid, self.settings, self.sleep, self.clock = grid, settings, sleep, clock
         self.root = Path(settings.checkpoint_dir).expanduser()
         self.events = Events(self.root)
+        self.exchange = exchange or self._replies
         self.office = publish.Office(self.root, settings, self.events, self._named, self._replies)
 
     def run(self) -> RoundCheckpoint:
@@ -70,6 +72,17 @@ class Federation:
         publish.rollback(self.office, self.settings.rollback)
         self.events.add("finished", round=now.round, updates=now.updates)
         return now
+
+    def single(self) -> RoundCheckpoint:
+        """The next round alone, without a release."""
+        now = self._start()
+        return self._round(now.round + 1, now)
+
+    def next_ask(self) -> Ask:
+        """What the next round will ask of the clinics that are there now."""
+        now = self._start()
+        factor = factors_of_round(self.settings.aggregation, now.updates)
+        return self._ask(now.round + 1, factor, now, self._named())
 
     def _start(self) -> RoundCheckpoint:
         """The last sound checkpoint, or round 0: the initial factors."""
@@ -144,7 +157,7 @@ class Federation:
         arrays = {wire.key(factor): Array(wire.pack(ask.state, factor)) for factor in wire.FACTORS}
         content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
         left = s.round_deadline - (self.clock() - start)
-        for node, reply in self._replies(content, MessageType.TRAIN, ask.clinics, ask.round, left):
+        for node, reply in self.exchange(content, MessageType.TRAIN, ask.clinics, ask.round, left):
             got = gate.unreadable(node, reply) if isinstance(reply, Exception) else gate.take(node, reply)
             if isinstance(got, Rejection):
                 self.events.add("rejected", round=ask.round, clinic=got.clinic, reason=got.reason)

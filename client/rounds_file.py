@@ -1,0 +1,104 @@
+"""A round on a stick, the clinic's side: take the coordinator's file, train within the same limits, sign the reply.
+
+The file must be signed with the coordinator's key that this clinic knows (federation/release.pub) and be newer than the
+last one answered; the reply is signed with the clinic's own node key and names the file it answers. Not here: the
+server's side (`server.usb`), and what is trained (`client.local_round`).
+"""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from client import limits, local_round
+from model import bundle, passport
+from model.bundle import BundleRejected
+from model.files import write_atomic
+
+FOLDER, REPLY, ANSWERED = "rounds", "reply.afya", "answered.json"
+
+
+def take(home: Path, path: Path, now: datetime.datetime | None = None) -> dict[str, int | float]:
+    """Train what the round file asks and keep the signed reply in `home`; returns its metrics.
+
+    Raises limits.Refused, BundleRejected, AdapterRejected (release.pub is damaged); then nothing has changed.
+    """
+    public = passport.trusted(home)
+    if public is None:
+        where = home / "federation" / passport.PUBLIC
+        raise BundleRejected(f"{where} is missing, so nobody can say whose file this is; get it from the coordinator.")
+    key = _node_key(home)
+    found = bundle.read(path, "round", lambda record, signature, signed: _verify(path, public, signature, signed))
+    config = found.record.get("config")
+    if not isinstance(config, dict):
+        raise BundleRejected(f"{path} asks for nothing; ask the coordinator for another.")
+    who, number = passport.name_of(public), config.get("server-round")
+    last = _answered(home).get(who, 0)
+    if type(number) is not int or number <= last:
+        raise BundleRejected(
+            f"{path} holds round {str(number)[:20]}, and this clinic has answered round {last} already; "
+            "`afya-client export-round FILE` writes that answer again."
+        )
+    reply = local_round.answer(config, found.arrays, home, now)
+    folder = home / FOLDER
+    folder.mkdir(mode=0o700, exist_ok=True)
+    record = {"answers": found.digest, "key": _public(key), "metrics": reply.metrics, "round": number}
+    bundle.write(folder / REPLY, "reply", record, reply.arrays, lambda data: _sign(key, data))
+    write_atomic(folder / ANSWERED, (json.dumps({**_answered(home), who: number}) + "\n").encode())
+    return reply.metrics
+
+
+def give(home: Path, path: Path) -> None:
+    """Write the last reply to `path`. Raises BundleRejected when there is none."""
+    try:
+        data = (home / FOLDER / REPLY).read_bytes()
+    except FileNotFoundError as error:
+        raise BundleRejected("There is no answer yet; run `afya-client import-round FILE` first.") from error
+    bundle.copy(path, data)
+
+
+def _verify(path: Path, public: Any, signature: bytes, signed: bytes) -> None:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        public.verify(signature, signed)
+    except InvalidSignature as error:
+        raise BundleRejected(
+            f"{path} was changed, or is not from this clinic's coordinator; ask for another."
+        ) from error
+
+
+def _answered(home: Path) -> dict[str, int]:
+    """The last round answered, by the coordinator's key. Raises BundleRejected for a damaged note."""
+    path = home / FOLDER / ANSWERED
+    try:
+        return {str(name): int(number) for name, number in json.loads(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise BundleRejected(f"{path} is damaged; correct it or remove it to begin again.") from error
+
+
+def _node_key(home: Path) -> Any:
+    """This clinic's private key. Raises BundleRejected."""
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    named = limits.read_settings(home).get("client", {}).get("key")
+    path = Path(str(named)).expanduser() if named else home / "federation" / "node.key"
+    try:
+        return load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise BundleRejected(f"{path} is no readable key; put the coordinator's folder in its place.") from error
+
+
+def _public(key: Any) -> str:
+    from cryptography.hazmat.primitives import serialization as s
+
+    return key.public_key().public_bytes(s.Encoding.OpenSSH, s.PublicFormat.OpenSSH).decode()
+
+
+def _sign(key: Any, data: bytes) -> bytes:
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    return key.sign(data, ec.ECDSA(hashes.SHA384()))
