@@ -22,7 +22,7 @@ FORMAT, VERSION = "afya-invitation", 1
 MAX_BYTES = 65_536  # an invitation has about 3 KB
 RECORD = "invitation.json"  # what is kept of the file, without the key
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,40}[a-z0-9])?")
-_TEXTS = ("clinic", "made", "server", "ca", "key", "flwr")
+_TEXTS = ("clinic", "made", "server", "ca", "key", "release_key", "flwr")
 
 
 class InvitationRejected(ValueError):
@@ -31,7 +31,7 @@ class InvitationRejected(ValueError):
 
 @dataclass(frozen=True)
 class Invitation:
-    """What a coordinator gave this clinic; `plan` is what rounds will ask, `release_key` may be empty."""
+    """What a coordinator gave this clinic; `plan` is what rounds will ask."""
 
     clinic: str
     made: str
@@ -86,7 +86,6 @@ def _typed(path: Path, record: dict[str, Any]) -> Invitation:
     _parse_keys(path, record["ca"], record["key"])
     return Invitation(
         **{name: record[name] for name in _TEXTS},
-        release_key=record.get("release_key") or "",
         base_name=str(base.get("name", "")),
         base_sha256=str(base.get("sha256", "")),
         plan=plan,
@@ -140,10 +139,11 @@ def unpack(home: Path, invitation: Invitation, replace: bool = False) -> Path:
 def _files(invitation: Invitation) -> dict[str, bytes]:
     """Names and contents of the federation's folder; the record is the file that says what the rest belongs to."""
     kept = {n: getattr(invitation, n) for n in ("clinic", "made", "server", "base_name", "base_sha256", "plan", "flwr")}
-    files = {"ca.crt": invitation.ca.encode(), "node.key": invitation.key.encode()}
-    if invitation.release_key:
-        files["release.pub"] = invitation.release_key.encode()
-    return {**files, RECORD: (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode()}
+    files = {"ca.crt": invitation.ca, "node.key": invitation.key, "release.pub": invitation.release_key}
+    return {
+        **{name: text.encode() for name, text in files.items()},
+        RECORD: (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode(),
+    }
 
 
 def _same(folder: Path, files: dict[str, bytes]) -> bool:

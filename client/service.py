@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import contact, limits
+from client import contact, firewall, limits
 from client.node import Connection
 from model.files import write_atomic
 
@@ -64,7 +64,8 @@ def fill(home: Path, link: Connection, state: Path = STATE) -> str:
         "MODEL": str(model),
         "SOFTWARE": "\n".join(f"BindReadOnlyPaths={path}" for path in _software()),
         "DEVICES": _devices(),
-        "ADDRESSES": " ".join(_addresses(link.server)),
+        "ADDRESSES": " ".join([*_addresses(link.server), *_name_servers(link.server)]),
+        "FIREWALL": f"ExecStartPre=+{firewall.program()} -f {firewall.RULES}" if firewall.program() else "",
     }
     text = _TEMPLATE.read_text(encoding="utf-8").split("[Unit]", 1)[1]
     for name, value in values.items():
@@ -88,23 +89,31 @@ def _devices() -> str:
 
 
 def _addresses(server: str) -> list[str]:
-    """The server's addresses now, and those of the name servers when the server has a name. Raises ServiceError."""
+    """The server's addresses now. Raises ServiceError."""
     try:
         host, port = contact.address(server)
-        found = sorted({str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+        return sorted({str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except (contact.NoContact, OSError) as error:
         raise ServiceError(
             f"The address of {server} is not known here ({error}); check its spelling and DNS."
         ) from error
-    return found if host in found else [*found, *_name_servers()]
 
 
-def _name_servers() -> list[str]:
+def _name_servers(server: str) -> list[str]:
+    """Addresses that answer what the server's name is; none when the server is given by its address."""
+    if contact.address(server)[0] in _addresses(server):
+        return []
     try:
         lines = Path("/etc/resolv.conf").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     return [words[1].split("%")[0] for words in map(str.split, lines) if len(words) > 1 and words[0] == "nameserver"]
+
+
+def rules(link: Connection, user: str = USER) -> str:
+    """The firewall's rules for this connection. Raises ServiceError."""
+    port = contact.address(link.server)[1]
+    return firewall.rules(user, link.port, _addresses(link.server), port, _name_servers(link.server))
 
 
 def modes(home: Path, group: str = USER) -> list[str]:
@@ -153,6 +162,12 @@ def _script(home: Path, link: Connection, state: Path, units: Path, unit: str) -
     settings = q(str(state / "afya.toml"))
     lines.append(f"cat > {settings} <<'SETTINGS'\n{_settings(home, link)}SETTINGS")
     lines += [f"chown root:{USER} {settings}", f"chmod 0640 {settings}"]
+    if firewall.program():
+        lines.append(f"cat > {firewall.RULES} <<'RULES'\n{rules(link)}RULES")
+    else:
+        lines.append(
+            "echo 'nftables is not installed: the service can reach the kiosk; install it and run this again.'"
+        )
     lines.append(f"cat > {q(str(units / UNIT))} <<'UNIT'\n{unit}UNIT")
     lines += ["systemctl daemon-reload", f"systemctl enable {UNIT}", f"systemctl restart {UNIT}"]
     return "\n".join(lines) + "\n"

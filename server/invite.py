@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_atomic
+from model.passport import PUBLIC
 from server import certs as keys
-from server import guard
+from server import guard, signing
 from server import link as links
 from server.link import Link
 from server.members import is_up, pem
 
 FORMAT, VERSION = "afya-invitation", 1
-RELEASE_KEY = "release.pub"  # public half of the key that signs releases, where there is one
 PLAN = ("targets", "rank", "alpha", "local-steps", "lr", "batch-size")  # what a round asks of a clinic
 
 
@@ -40,6 +40,7 @@ def invite(link: Link, clinic: str, out: Path, server: str | None = None, base: 
     address = _address(link.certs, server)
     model = _base(base)
     keys.make(link.certs, [clinic])
+    signing.hand_out(link.certs)
     folder = link.certs / "clinics" / clinic
     if pem((folder / "node.pub").read_text(encoding="utf-8").strip()) in guard.read_revoked(link.state):
         raise InviteError(f"The key in {folder} was revoked; move that folder away to invite {clinic} with a new key.")
@@ -56,7 +57,6 @@ def _record(certs: Path, folder: Path, clinic: str, address: str, model: dict[st
     from server import settings
 
     defaults = settings.names()
-    release = certs / RELEASE_KEY
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,7 +65,7 @@ def _record(certs: Path, folder: Path, clinic: str, address: str, model: dict[st
         "server": address,
         "ca": (certs / "ca.crt").read_text(encoding="utf-8"),
         "key": (folder / "node.key").read_text(encoding="utf-8"),
-        "release_key": release.read_text(encoding="utf-8") if release.is_file() else None,
+        "release_key": (certs / PUBLIC).read_text(encoding="utf-8"),
         "base": model,
         "plan": {name: defaults[name][0] for name in PLAN},
         "flwr": links.FLWR,

@@ -53,7 +53,7 @@ def _numbers(found: Status) -> None:
     taking = [clinic for clinic in found.clinics if clinic.accepted]
     figures = {
         "Clinics that took part": str(len(taking)),
-        "Rounds that changed the adapter": str(sum(row.changed for row in found.rounds)),
+        "Rounds with effect": str(sum(row.changed for row in found.rounds)),
         "Rounds without effect": str(sum(not row.changed for row in found.rounds)),
         "Rejections": str(len(found.refusals)),
         "Moved": f"{moved:.1f} MB",
@@ -158,7 +158,7 @@ def _lines(title: str, rows: list[tuple[int, str, float | None]]) -> None:
     st.altair_chart(
         chart.encode(
             x=altair.X("round:Q", title="round", axis=altair.Axis(tickMinStep=1, format="d")),
-            y=altair.Y("value:Q", title=None, scale=altair.Scale(zero=False)),
+            y=altair.Y("value:Q", title=None, scale=altair.Scale(zero=True)),
             color=colour.scale(domain=names, range=colours),
         )
     )

@@ -39,19 +39,13 @@ def test_one_file_makes_the_whole_federation_folder(tmp_path: Path, afya_home: P
     made = tmp_path / "certs/clinics/lakeside"
     for name in ("ca.crt", "node.key"):
         assert (folder / name).read_bytes() == (made / name).read_bytes()
-    assert {path.name for path in folder.iterdir()} == {"ca.crt", "node.key", "invitation.json"}
+    assert (folder / "release.pub").read_bytes() == (tmp_path / "certs/release.pub").read_bytes()
+    assert {path.name for path in folder.iterdir()} == {"ca.crt", "node.key", "release.pub", "invitation.json"}
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())
     assert "PRIVATE" not in (folder / "invitation.json").read_text()
     connection = node.connection(afya_home)
     assert connection == node.Connection("hub.example:8443", folder / "ca.crt", folder / "node.key", 9094)
     assert invitation.record(afya_home)["base_sha256"] == base_sha256(tiny)
-
-
-def test_the_key_that_signs_releases_comes_along(tmp_path: Path, afya_home: Path, tiny: Path) -> None:
-    certs.make(tmp_path / "certs", [], ["hub.example"])
-    (tmp_path / "certs/release.pub").write_text("the coordinator's public key\n")
-    folder = invitation.unpack(afya_home, invitation.read(invite(tmp_path, "lakeside", tiny)))
-    assert (folder / "release.pub").read_text() == "the coordinator's public key\n"
 
 
 def test_the_same_file_again_changes_nothing_another_is_refused(tmp_path: Path, afya_home: Path, tiny: Path) -> None:
@@ -80,9 +74,8 @@ def test_a_changed_file_is_refused(tmp_path: Path, afya_home: Path, tiny: Path, 
     changed = {**record, entry: {"a": 1} if entry in ("server", "ca", "key", "clinic") else 7}
     changed["sha256"] = invitation.checksum(changed)
     file.write_text(json.dumps(changed))
-    if entry != "release_key":
-        assert call("join", str(file)).exit_code == 1
-    assert not (afya_home / "federation").exists() or entry == "release_key"
+    assert call("join", str(file)).exit_code == 1
+    assert not (afya_home / "federation").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"format": "afya-invitation"}', "x" * 70_000])

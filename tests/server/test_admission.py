@@ -4,6 +4,7 @@ One server for the whole file. The calls are made as Flower's SuperNode makes th
 """
 
 import datetime
+import json
 import ssl
 import subprocess
 import time
@@ -21,7 +22,8 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeat
 from flwr.proto.node_pb2 import Node
 
 from client import doctor, invitation, node
-from scripts.federation import Local, family, free_ports
+from client.cli import main as client_main
+from scripts.federation import Local, family, free_ports, program
 from server import certs, guard, link, members, registry
 from server.cli import main
 
@@ -164,6 +166,30 @@ def test_the_doctor_knows_registered_unknown_and_revoked_keys(running: Server, t
     assert second.key != (folder / "node.key").read_text()
     folder = invitation.unpack(afya_home, second, replace=True)
     assert registration(folder).ok
+
+
+def test_one_file_and_one_command_bring_a_clinic_online(
+    running: Server, tmp_path: Path, afya_home: Path, tiny: Path
+) -> None:
+    places = [*running.places, "--base-model", str(tiny), "--server", running.local.server]
+    done = CliRunner().invoke(main, ["invite", "fresh", "--out", str(tmp_path / "fresh.afya"), *places])
+    assert done.exit_code == 0, done.output
+    (afya_home / "afya.toml").write_text(f"model = {json.dumps(str(tiny))}\n[client]\nport = {free_ports(1)[0]}\n")
+    with open(tmp_path / "fresh.log", "wb") as log:
+        command = program("client", "join", str(tmp_path / "fresh.afya"), "--foreground")
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_for(lambda: '"online"' in _nodes(running, running.node("fresh")))
+        assert "Taking part at" in (tmp_path / "fresh.log").read_text()
+        start = time.monotonic()
+        checked = CliRunner().invoke(client_main, ["doctor"])
+        assert checked.exit_code == 0, checked.output
+        assert time.monotonic() - start < 10
+        assert '"online"' in _nodes(running, running.node("fresh"))  # asking did not disturb the node that runs
+    finally:
+        for process in family(child.pid):
+            process.kill()
+        child.wait()
 
 
 def _places(running: Server) -> list[str]:
