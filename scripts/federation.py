@@ -272,6 +272,9 @@ def run_local(
         events = local.rounds({**config, "num-server-rounds": rounds}, say)
         peaks, processor = dict(sorted(local.memory.peaks.items())), local.memory.cpu_seconds()
     done = list(_of(events, "round-done"))
+    if not list(_of(events, "release")):
+        reasons = [str(event["reason"]) for event in _of(events, "not-released")]
+        raise FederationFailed("No adapter was released: " + (" ".join(reasons) or "no round has ended."))
     losses = [
         {k: e.get(k) for k in ("round", "clinic", "loss-before", "loss-after", "seconds")}
         for e in _of(events, "accepted")
