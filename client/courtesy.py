@@ -57,8 +57,8 @@ class Courtesy:
                 self._over = True
                 raise TimeOver("the time for training ran out while the kiosk was answering")
             self._sleep(POLL)
+            self.waited += POLL
         self._looked = self._clock()
-        self.waited += self._looked - now
 
 
 def between_layers(model: Any, pause: Callable[[], None]) -> None:

@@ -41,6 +41,7 @@ class Inbox(queue.Queue[Any]):
                 self._path.parent.mkdir(mode=0o755, exist_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 self._lock_file = os.open(self._path, flags, 0o644)
+                os.fchmod(self._lock_file, 0o644)  # the client is another user and has to see the lock, nothing more
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._held = True
 

@@ -4,7 +4,6 @@ The kiosk's side and the clinic's are two processes that share a folder, as they
 """
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -15,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from client.courtesy import Courtesy, TimeOver, be_nice
+from client import trainer
+from client.courtesy import Courtesy, TimeOver, between_layers
 from kiosk.busy import Inbox
+from model import adapters, phantoms
 from tests.conftest import REPOSITORY
 
 
@@ -95,23 +96,29 @@ def test_the_mark_of_a_kiosk_that_was_killed_holds_nothing_up(afya_home: Path, s
     assert steps.after(killed) - killed < 1.0
 
 
-def test_looking_changes_nothing_and_cannot_hold_up_an_answer(afya_home: Path) -> None:
+def test_looking_changes_nothing(afya_home: Path) -> None:
     assert not Courtesy(afya_home).asking() and not (afya_home / "run").exists()
-    inbox = Inbox(afya_home)
-    inbox.put(1)
-    inbox.get()
-    import fcntl
 
-    foreign = os.open(afya_home / "run/asking", os.O_RDONLY)
-    inbox._clear()
-    fcntl.flock(foreign, fcntl.LOCK_SH)  # somebody who does not let go
-    inbox.put(2)
-    start = time.monotonic()
-    assert inbox.get() == 2 and time.monotonic() - start < 0.5
-    os.close(foreign)
-    with pytest.raises(queue.Empty):
-        inbox.get(block=False)  # the next token tries again
-    assert Courtesy(afya_home).asking()
+
+def test_it_may_stand_still_after_every_layer_forwards_and_before_it_backwards() -> None:
+    import torch
+
+    class Stack(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(5))
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                values = layer(values)
+            return values
+
+    model, calls = Stack(), []
+    between_layers(model, lambda: calls.append(len(calls)))
+    out = model(torch.ones(2, 4))
+    assert len(calls) == 5
+    out.sum().backward()
+    assert len(calls) == 10
 
 
 def test_a_home_without_room_for_the_mark_still_answers(tmp_path: Path) -> None:
@@ -138,4 +145,19 @@ def test_the_priority_only_goes_down() -> None:
     program = "from client.courtesy import be_nice; import os; be_nice(7); be_nice(3); print(os.nice(0))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert int(done.stdout) == max(7, os.getpriority(os.PRIO_PROCESS, 0))
-    assert callable(be_nice)
+
+
+def test_a_kiosk_that_answers_to_the_end_leaves_the_steps_that_were_done(afya_home: Path, tiny: Path) -> None:
+    inbox, start = Inbox(afya_home), adapters.initial(tiny, 2, 8.0, "decoder", 0)
+    inbox.put(1)
+
+    def say(step: int, steps: int, loss: float) -> None:
+        if step == 3:
+            inbox.get()
+
+    samples, watch = phantoms.make(3, ["plain"], seed=2, size=48), Courtesy(afya_home)
+    trainer.train(samples, tiny, start, steps=1)  # imports and the first use of the processor's kernels
+    done = trainer.train(samples, tiny, start, steps=50, seconds=8.0, courtesy=watch, progress=say)
+    assert done.steps == 3 and done.waited > 1.0
+    with pytest.raises(TimeOver):
+        trainer.train(samples, tiny, start, steps=8, seconds=0.2, courtesy=Courtesy(afya_home))
