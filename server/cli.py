@@ -154,7 +154,7 @@ def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> Non
     path = root / events.FILE
     place = path.stat().st_size if path.exists() else 0
     run_id = links.submit(link, config)
-    asked = time.monotonic()
+    asked, ended = time.monotonic(), ""
     while True:
         new, place = events.read(root, place)
         for event in new:
@@ -163,14 +163,12 @@ def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> Non
                 return
             if event["event"] == "failed":
                 raise links.LinkError(f"The run has failed: {event['reason']}")
+        if ended and not new:
+            log = link.state / "superlink.log"
+            raise links.LinkError(f"The run ended before its rounds were done ({ended}); the end of {log} says why.")
         if not new and time.monotonic() - asked > 10:
-            asked = time.monotonic()
-            status = links.run_status(link, run_id)
-            if status.startswith("finished"):
-                log = link.state / "superlink.log"
-                raise links.LinkError(
-                    f"The run ended before its rounds were done ({status}); the end of {log} says why."
-                )
+            status = links.run_status(link, run_id)  # takes seconds: events written meanwhile are read once more
+            asked, ended = time.monotonic(), status if status.startswith("finished") else ""
         time.sleep(0.3)
 
 

@@ -1,0 +1,42 @@
+"""Following a run: its last words are read even when they come while Flower is asked for the run's state."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server import cli, link
+from server.events import Events
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that runs fast, so that the state is asked for at once."""
+    moments = iter(range(0, 100_000, 20))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(moments), sleep=lambda seconds: None))
+    monkeypatch.setattr(link, "submit", lambda *_: 7)
+
+
+def follow(root: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Any) -> None:
+    def status(*_: object) -> str:
+        meanwhile()
+        return "finished:completed"
+
+    monkeypatch.setattr(link, "run_status", status)
+    cli._follow(SimpleNamespace(state=root), root, {}, True)
+
+
+@pytest.mark.usefixtures("quick")
+def test_events_written_while_the_state_was_asked_for_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = Events(tmp_path)
+    follow(tmp_path, monkeypatch, lambda: events.add("finished", round=2, updates=2))
+    assert '"event": "finished"' in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_ended_without_a_word_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(link.LinkError, match="ended before its rounds were done"):
+        follow(tmp_path, monkeypatch, lambda: None)
