@@ -116,8 +116,11 @@ def rules(link: Connection, user: str = USER) -> str:
     return firewall.rules(user, link.port, _addresses(link.server), port, _name_servers(link.server))
 
 
-def modes(home: Path, group: str = USER) -> list[str]:
-    """Shell lines that let the service's group, and nobody else, read the samples and exchange adapters."""
+def modes(home: Path, model: Path, group: str = USER) -> list[str]:
+    """Shell lines that let the service's group, and nobody else, read the samples and exchange adapters.
+
+    Files of the base model that not everybody may read are opened to the group, too.
+    """
     q, owner = shlex.quote, shlex.quote(pwd.getpwuid(home.stat().st_uid).pw_name)
     lines = []
     for name, mode in (("training", "2750"), ("training/images", "2750"), ("training/samples", "2750")):
@@ -129,6 +132,9 @@ def modes(home: Path, group: str = USER) -> list[str]:
         lines.append(f"chgrp -R {group} {folder}")
         lines.append(f"find {folder} -mindepth 1 -type d -exec chmod 2750 {{}} +")
         lines.append(f"find {folder} -type f -exec chmod 0640 {{}} +")
+    for kind, mode in (("d", "rx"), ("f", "r")):
+        closed = f"find {q(str(model.resolve()))} -type {kind} ! -perm -o+{mode}"
+        lines.append(f"{closed} -exec chgrp {group} {{}} + -exec chmod g+{mode} {{}} +")
     lines.append(f"chmod 0700 {q(str(home))}")
     return lines
 
@@ -148,7 +154,7 @@ def _script(home: Path, link: Connection, state: Path, units: Path, unit: str) -
             [f"usermod -a -G {USER} {q(owner)}  # reads the adapters; counts from the next login on"]
             * (owner != "root")
         ),
-        *modes(home),
+        *modes(home, limits.base_model(home)),
         f"install -d -o {USER} -g {USER} -m 0700 {own} {q(str(state / 'flower'))}",
         f"install -d -o root -g {USER} -m 0750 "
         + " ".join(q(str(state / name)) for name in ("training", "adapters", "run", "model")),

@@ -207,12 +207,15 @@ def clinic() -> Iterator[Path]:
         for name in ("training/samples", "training/images", "adapters"):
             (home / name).mkdir(parents=True)
         write_atomic(home / "training/samples/0001.json", b"{}")
+        (root / "model").mkdir()
         (root / "other").mkdir(mode=0o700)
         for name in ("id_ed25519", "notes.txt"):
             (root / "other" / name).write_bytes(b"another's secret")
         _own(home, KIOSK_USER)
         _own(root / "other", OTHER_USER)
-        subprocess.run(["sh", "-e"], input="\n".join(service.modes(home, "nogroup")), text=True, check=True)
+        subprocess.run(
+            ["sh", "-e"], input="\n".join(service.modes(home, root / "model", "nogroup")), text=True, check=True
+        )
         for name in ("training", "run", "adapters", "federation", "flower"):
             (state / name).mkdir(parents=True)
         for name in ("federation/ca.crt", "federation/node.key", "afya.toml"):
