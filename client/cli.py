@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from client.rounds_cli import budget, export_round, import_round
+from client.rounds_cli import budget, export_round, import_release, import_round
 
 _SERVER = click.option("--server", metavar="HOST:PORT", help="The federation's server.  [default: afya.toml]")
 _BUNDLE = click.option(
@@ -45,6 +45,8 @@ def _guard(call: Callable[[], Any]) -> Any:
         raise click.ClickException(str(error)) from error
     except (AdapterRejected, DataError, ModelError, PresetMissing, SettingsWrong) as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or 'A file'}: {error.strerror or error}.") from error
 
 
 @main.command()
@@ -154,4 +156,5 @@ def rollback(yes: bool) -> None:
 
 main.add_command(budget)
 main.add_command(export_round)
+main.add_command(import_release)
 main.add_command(import_round)

@@ -103,8 +103,8 @@ def test_a_disk_that_refuses_leaves_no_half_folder(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
-    with pytest.raises(OSError, match="No space"):
-        invitation.unpack(afya_home, invitation.read(file))
+    done = call("join", str(file))
+    assert done.exit_code == 1 and "No space left" in done.output
     assert list(afya_home.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ One server for the whole file. The calls are made as Flower's SuperNode makes th
 
 import datetime
 import json
+import os
 import ssl
 import subprocess
 import time
@@ -169,7 +170,7 @@ def test_the_doctor_knows_registered_unknown_and_revoked_keys(running: Server, t
 
 
 def test_one_file_and_one_command_bring_a_clinic_online(
-    running: Server, tmp_path: Path, afya_home: Path, tiny: Path
+    running: Server, tmp_path: Path, afya_home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = [*running.places, "--base-model", str(tiny), "--server", running.local.server]
     done = CliRunner().invoke(main, ["invite", "fresh", "--out", str(tmp_path / "fresh.afya"), *places])
@@ -185,6 +186,11 @@ def test_one_file_and_one_command_bring_a_clinic_online(
         checked = CliRunner().invoke(client_main, ["doctor"])
         assert checked.exit_code == 0, checked.output
         assert time.monotonic() - start < 10
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)  # not root: nothing is installed, the commands are printed
+        asked = CliRunner().invoke(client_main, ["join", "--service"])
+        script = afya_home / "afya-client-service.sh"
+        assert asked.exit_code == 0 and f"sudo sh {script}" in asked.output, asked.output
+        assert "systemctl enable afya-client.service" in script.read_text()
         assert '"online"' in _nodes(running, running.node("fresh"))  # asking did not disturb the node that runs
     finally:
         for process in family(child.pid):
