@@ -49,6 +49,8 @@ def address(server: str) -> tuple[str, int]:
 
 def ask(server: str, ca: Path, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
     """One call to the server over TLS with the federation's authority. Raises NoContact."""
+    if not ca.is_file():
+        raise NoContact(f"{server} was not asked: without {ca} it cannot be told from an impostor.")
     try:
         context = ssl.create_default_context(cafile=str(ca))
     except (OSError, ValueError) as error:
