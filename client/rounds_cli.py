@@ -1,4 +1,4 @@
-"""`afya-client import-round`, `export-round` and `budget`: rounds by stick, and what privacy has cost so far."""
+"""Rounds by stick on the command line of `afya-client` (import-round, export-round, import-release), and `budget`."""
 
 import json
 from collections.abc import Callable
@@ -13,10 +13,12 @@ def _guard(call: Callable[[], Any]) -> Any:
     from client.limits import Refused, SettingsWrong
     from model.adapters import AdapterRejected
     from model.bundle import BundleRejected
+    from model.llava import ModelError
+    from model.presets import PresetMissing
 
     try:
         return call()
-    except (AdapterRejected, BundleRejected, SettingsWrong) as error:
+    except (AdapterRejected, BundleRejected, ModelError, PresetMissing, SettingsWrong) as error:
         raise click.ClickException(str(error)) from error
     except Refused as error:
         raise click.ClickException(f"This clinic refuses: {error}.") from error
@@ -47,6 +49,16 @@ def export_round(file: Path) -> None:
 
     _guard(lambda: rounds_file.give(files.home(), file))
     click.echo(f"The answer is in {file}.")
+
+
+@click.command("import-release")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def import_release(file: Path) -> None:
+    """Check the adapter in the coordinator's FILE and install it where this clinic's kiosk finds it."""
+    from client import rounds_file
+    from model import files
+
+    click.echo(f"Adapter {_guard(lambda: rounds_file.install(files.home(), file))} installed.")
 
 
 @click.command()

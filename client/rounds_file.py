@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from client import limits, local_round
+from client import limits, local_round, received
 from model import bundle, passport
-from model.bundle import BundleRejected
+from model.adapters import AdapterRejected
+from model.bundle import Bundle, BundleRejected
 from model.files import write_atomic
 
 FOLDER, REPLY, ANSWERED = "rounds", "reply.afya", "answered.json"
@@ -23,16 +24,9 @@ def take(home: Path, path: Path, now: datetime.datetime | None = None) -> dict[s
 
     Raises limits.Refused, BundleRejected, AdapterRejected (release.pub is damaged); then nothing has changed.
     """
-    public = passport.trusted(home)
-    if public is None:
-        where = home / "federation" / passport.PUBLIC
-        raise BundleRejected(f"{where} is missing, so nobody can say whose file this is; get it from the coordinator.")
-    key = _node_key(home)
-    found = bundle.read(path, "round", lambda record, signature, signed: _verify(path, public, signature, signed))
-    config = found.record.get("config")
-    if not isinstance(config, dict):
-        raise BundleRejected(f"{path} asks for nothing; ask the coordinator for another.")
-    who, number = passport.name_of(public), config.get("server-round")
+    key, (found, who) = _node_key(home), _open(home, path, "round")
+    config = found.record["config"]
+    number = config.get("server-round")
     last = _answered(home).get(who, 0)
     if type(number) is not int or number <= last:
         raise BundleRejected(
@@ -55,6 +49,29 @@ def give(home: Path, path: Path) -> None:
     except FileNotFoundError as error:
         raise BundleRejected("There is no answer yet; run `afya-client import-round FILE` first.") from error
     bundle.copy(path, data)
+
+
+def install(home: Path, path: Path) -> str:
+    """Install the adapter of a release file, checked as one from the link; returns its name there. Raises as `take`."""
+    found, _ = _open(home, path, "release")
+    try:
+        return received.install(found.record["config"], found.arrays, home)[0]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, (limits.Refused, limits.SettingsWrong, AdapterRejected)):
+            raise
+        raise BundleRejected(f"{path} is not readable ({error}); ask the coordinator for another.") from error
+
+
+def _open(home: Path, path: Path, kind: str) -> tuple[Bundle, str]:
+    """A file of the coordinator that this clinic knows, and the short name of that coordinator's key."""
+    public = passport.trusted(home)
+    if public is None:
+        where = home / "federation" / passport.PUBLIC
+        raise BundleRejected(f"{where} is missing, so nobody can say whose file this is; get it from the coordinator.")
+    found = bundle.read(path, kind, lambda record, signature, signed: _verify(path, public, signature, signed))
+    if not isinstance(found.record.get("config"), dict):
+        raise BundleRejected(f"{path} asks for nothing; ask the coordinator for another.")
+    return found, passport.name_of(public)
 
 
 def _verify(path: Path, public: Any, signature: bytes, signed: bytes) -> None:

@@ -13,7 +13,7 @@ from server.members_cli import invite, revoke, service
 from server.rollback_cli import rollback
 from server.status_cli import page, status
 from server.train_cli import train
-from server.usb_cli import export_round, import_round
+from server.usb_cli import export_release, export_round, import_round
 
 _STATE = click.option(
     "--state",
@@ -204,5 +204,6 @@ main.add_command(page)
 main.add_command(status)
 main.add_command(rollback)
 main.add_command(train)
+main.add_command(export_release)
 main.add_command(export_round)
 main.add_command(import_round)

@@ -2,8 +2,8 @@
 
 One round is either over the link or by stick. What is asked, the gate, the aggregation and the checkpoint are those of
 `server.rounds`; only the way differs. A file that is damaged, of an unknown key, of another round, or there twice stops
-the whole call before anything has changed, so that a person can sort it out. Not here: bringing a release to a clinic
-that is never on the link.
+the whole call before anything has changed, so that a person can sort it out. Not here: releases by stick
+(`server.usb_release`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`afya-server export-round` and `import-round`: rounds by stick, for clinics without a network."""
+"""`afya-server export-round`, `import-round` and `export-release`: rounds by stick, for clinics without a network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,3 +60,18 @@ def import_round(files: tuple[Path, ...], folder: Path, state: Path, out: Path |
     for rejection in done.rejected:
         click.echo(f"  {rejection.clinic}: {rejection.reason}")
     click.echo(f"Round {done.round}: {done.reason}.")
+
+
+@click.command("export-release")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_CERTS
+@_STATE
+@_OUT
+def export_release(file: Path, folder: Path, state: Path, out: Path | None) -> None:
+    """Write the newest release to FILE, with its passport; the last round is examined first if it was not."""
+    from server import usb_release
+    from server.link import Link
+
+    root = (out or state / "rounds").resolve()
+    found = _guard(lambda: usb_release.send(Link(folder.resolve(), state.resolve()), root, file))
+    click.echo(f"The release of {found.name} is in {file}; clinics run `afya-client import-release FILE`.")

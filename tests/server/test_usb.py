@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from client import app, limits, rounds_file
 from client import cli as client_cli
-from model import phantoms
+from model import adapters, passport, phantoms
 from model.bundle import BundleRejected
-from server import certs, events, rounds, signing, usb
+from server import certs, events, rounds, signing, usb, usb_release
 from server import checkpoint as store
 from server import cli as server_cli
 from server.link import Link
@@ -73,11 +73,35 @@ def test_two_rounds_by_stick_give_the_adapter_of_the_link_bit_for_bit(
     clock = fakes.Clock()
     chosen = fakes.settings(tmp_path / "online", tiny, **VALUES)
     linked = rounds.federate(fakes.FakeGrid(online), chosen, sleep=clock.sleep, clock=clock)
+    for name, home in side.homes.items():
+        planted = [json.loads(path.read_text())["question"] for path in (home / "training/samples").iterdir()]
+        sent = (tmp_path / f"{name}.afya").read_bytes()
+        assert not any(question.encode() in sent for question in planted)
     assert linked.updates == after.updates == 2
     assert all(np.array_equal(after.state[name], array) for name, array in linked.state.items())
     assert [row.examples for row in after.accepted] == [row.examples for row in linked.accepted]
     kinds = [event["event"] for event in events.read(tmp_path / "rounds")[0]]
     assert kinds.count("accepted") == 6 and kinds.count("stick") == 2
+
+
+def test_a_release_by_stick_is_installed_with_its_passport_and_no_other_is(
+    side: Coordinator, tmp_path: Path, tiny: Path
+) -> None:
+    file = side.issue()
+    after = side.take(*(side.reply(name, file) for name in CLINICS))
+    folder = usb_release.send(side.link, tmp_path / "rounds", tmp_path / "release.afya")
+    home = side.homes["west"]
+    name = rounds_file.install(home, tmp_path / "release.afya")
+    current = adapters.current(home)
+    assert current is not None and current.name == name and adapters.sha256(current) == adapters.sha256(folder)
+    assert all(np.array_equal(adapters.load(current)[0][key], array) for key, array in after.state.items())
+    assert (current / passport.FILE).is_file()
+    data = (tmp_path / "release.afya").read_bytes()
+    for wrong in (data[:-1] + bytes([data[-1] ^ 1]), data.replace(b'"alpha":16.0', b'"alpha":32.0'), file.read_bytes()):
+        (tmp_path / "wrong.afya").write_bytes(wrong)
+        with pytest.raises(BundleRejected):
+            rounds_file.install(home, tmp_path / "wrong.afya")
+    assert adapters.current(home) == current
 
 
 def test_a_round_file_that_is_not_the_coordinators_is_refused_by_the_clinic(
