@@ -6,6 +6,7 @@ Bytes are those of the arrays in a message, without Flower's envelope.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,8 @@ def _apart(preset: str, rank: int, mode: str, number: str, work: Path | None) ->
         command = [sys.executable, "-m", "scripts.benches.aggregation", "--one", mode, number, "--work", folder]
         command += ["--preset", preset, "--rank", str(rank), "--out", str(found)]
         click.echo(f"{mode}, {number} clinics", err=True)
-        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # more threads are slower by far on a machine that is busy
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, env=one)
         if ran.returncode:
             raise click.ClickException(f"{mode} with {number} clinics failed: {ran.stderr[-800:]}")
         return dict(json.loads(found.read_text(encoding="utf-8")))
