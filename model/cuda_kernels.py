@@ -143,7 +143,7 @@ def _low_rank(t, up, rows, live, cols, M, R, COLS: tl.constexpr, RP: tl.constexp
 
 
 @triton.jit
-def linear(
+def _linear(
     x, y, residual, w, maxima, levels, outer, offsets, code, scale, bias, t, up, M, N, K, R,
     BITS: tl.constexpr, COLS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
     LORA: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -177,7 +177,7 @@ def linear(
 
 
 @triton.jit
-def norm(x, weight, y, K, eps, KP: tl.constexpr):
+def _norm(x, weight, y, K, eps, KP: tl.constexpr):
     """RMSNorm of each row (Zhang and Sennrich 2019), as Llama computes it."""
     row, k = tl.program_id(0), tl.arange(0, KP)
     given = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
@@ -187,7 +187,7 @@ def norm(x, weight, y, K, eps, KP: tl.constexpr):
 
 
 @triton.jit
-def rotate(qkv, cos, sin, lengths, q, keys, values, CAP, HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr):
+def _rotate(qkv, cos, sin, lengths, q, keys, values, CAP, HQ: tl.constexpr, HK: tl.constexpr, HALF: tl.constexpr):
     """Rotary positions for queries and keys; keys and values go into the cache (rows, HK, CAP, width) at `lengths`."""
     row, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, HALF)
     width: tl.constexpr = 2 * HALF
@@ -209,7 +209,7 @@ def rotate(qkv, cos, sin, lengths, q, keys, values, CAP, HQ: tl.constexpr, HK: t
 
 
 @triton.jit
-def attend(
+def _attend(
     q, keys, values, lengths, sums, states, scale, CAP,
     WINDOW: tl.constexpr, HK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -244,7 +244,7 @@ def attend(
 
 
 @triton.jit
-def merge(sums, states, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(sums, states, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     """The parts of `attend` put together, one head of one row a program."""
     head, d, part = tl.program_id(0), tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     most = tl.load(states + (head * SPLITS + part) * 2)
@@ -253,3 +253,7 @@ def merge(sums, states, out, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     values = tl.load(sums + (head * SPLITS + part)[:, None] * WIDTH + d[None, :])
     found = tl.sum(values * share[:, None], 0) / tl.sum(weight * share, 0)
     tl.store(out + head * WIDTH + d, found.to(out.dtype.element_ty))
+
+
+# Launched as kernel[grid](...), never called: their arguments are tensors and numbers as the docstrings say.
+linear, norm, rotate, attend, merge = _linear, _norm, _rotate, _attend, _merge
