@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, RecordDict
+from flwr.app import Array, Error, Message, RecordDict
 
 from client import app, limits, sealed
 from model import adapters, exam_counts, passport, phantoms
 from model.data import Sample, read_training
-from server import candidate, release, signing
+from server import candidate, events, publish, release, rounds, signing
 from server.candidate import Place, Thresholds
 from tests.client.clinic import fill
 from tests.server import fakes
@@ -129,6 +129,45 @@ def test_a_poisoned_candidate_is_found_on_the_sealed_set_and_only_counts_leave(
     assert worse.installed.before == found.installed.after > worse.installed.after
     current = adapters.current(home)
     assert current is not None and adapters.sha256(current) == adapters.sha256(good)
+
+
+class Handlers(fakes.FakeGrid):
+    """One clinic that is the real handlers over its home."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__({1: fakes.honest()})
+        self.home = home
+
+    def examined(self, node: int, message: Message) -> RecordDict:
+        return app.evaluate_reply(message.content, self.home)
+
+    def answer(self, node: int, message: Message) -> RecordDict | Error | Exception | None:
+        if message.metadata.message_type.startswith("query"):
+            return app.release_reply(message.content, self.home)
+        return super().answer(node, message)
+
+
+@pytest.mark.slow
+def test_the_server_refuses_the_poisoned_candidate_and_the_clinic_keeps_the_good_one(
+    tmp_path: Path, tiny: Path, clinic: tuple[Path, adapters.State]
+) -> None:
+    from model.llava import base_sha256
+
+    home, state = clinic
+    key, clock = signing.signing_key(tmp_path / "certs"), fakes.Clock()
+    (home / "federation").mkdir(mode=0o700)
+    (home / "federation" / passport.PUBLIC).write_bytes((tmp_path / "certs" / passport.PUBLIC).read_bytes())
+    # a tiny model that knows nothing is sure of nothing, so learning anything raises its calibration error
+    chosen = fakes.settings(tmp_path / "rounds", tiny, signing_key=str(key), gate="require", gate_ece=1.0)
+    office = rounds.Federation(Handlers(home), chosen, sleep=clock.sleep, clock=clock).office
+    for number, factors in ((4, state), (5, flipped(state))):
+        spec = adapters.spec_of(factors, 16.0, base_sha256(tiny))
+        publish.release_now(office, dataclasses.replace(fakes.replace_first(factors, spec), round=number))
+        current = adapters.current(home)
+        assert current is not None and current.name.startswith("round-0004") and passport.check(home, current) is None
+        assert adapters.sha256(current) == adapters.sha256(tmp_path / "rounds/releases/round-00004")
+    last = events.read(tmp_path / "rounds")[0][-1]
+    assert last["event"] == "not-released" and "right answers" in last["reason"]
 
 
 def _only_counts(content: RecordDict, home: Path) -> None:
