@@ -169,10 +169,9 @@ def test_an_import_loads_at_every_precision(siglip: Any, tmp_path: Path, bits: i
     report = import_checkpoint(src, tmp_path / "out", tower=originals.write_tower(siglip, tmp_path / "tower"))
     loaded = llava.load(report.out, bits, device="cpu")
     kinds = {name: type(layer).__name__ for name, layer in loaded.core.named_modules() if "Linear" in str(type(layer))}
-    assert kinds["model.language_model.layers.0.mlp.down_proj"] == "Linear", "96 inputs do not fit the kernel"
-    assert kinds["model.language_model.layers.0.mlp.up_proj"] == {8: "Linear8bitLt", 4: "Linear4bit"}.get(
-        bits, "Linear"
-    )
+    for name in ("up_proj", "down_proj"):  # the latter's 96 inputs do not fit the packed kernel of a CPU
+        kind = kinds[f"model.language_model.layers.0.mlp.{name}"]
+        assert kind == {8: "Linear8bitLt", 4: "Linear4bit"}.get(bits, "Linear")
     ids = torch.tensor([originals.image_ids(PROMPT, loaded.core)])
     pixels = torch.zeros(1, 3, originals.SIDE, originals.SIDE, dtype=loaded.core.dtype)
     answer = loaded.core.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3, do_sample=False)
