@@ -20,6 +20,7 @@ assert SMALL is not None and LARGE is not None
 
 MEASURE = """
 import json, sys
+sys.modules["triton"] = None  # comes with CUDA builds of torch and with the tests' tools, not with a clinic's CPU
 import numpy as np
 from pathlib import Path
 from model import memory
