@@ -242,8 +242,15 @@ def stage(link: Link) -> Path:
     return target
 
 
+def require_started(link: Link) -> None:
+    """Raise LinkError where no server was ever started: Flower would start one of its own, without TLS and clinics."""
+    if not (link.state / "flower" / "config.toml").is_file():
+        raise LinkError(f"No server was started with {link.state} yet; run `afya-server start` first.")
+
+
 def submit(link: Link, config: dict[str, Any]) -> int:
     """Submit a run with this run configuration; returns its number. Raises LinkError."""
+    require_started(link)
     folder = stage(link)
     file = link.state / "bundle" / "run.toml"
     lines = [f"{name} = {_toml(value)}" for name, value in config.items()]

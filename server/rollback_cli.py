@@ -37,8 +37,7 @@ def rollback(
     link = links.Link(folder.resolve(), state.resolve(), link_port)
     root = (out or state / "rounds").resolve()
     config = {"checkpoint-dir": str(root), "rollback": to or -1}
-    if not (link.state / "flower" / "config.toml").is_file():  # Flower would start a server of its own, without clinics
-        raise click.ClickException(f"No server was started with {link.state} yet; run `afya-server start` first.")
+    cli.guard(lambda: links.require_started(link))
     cli.guard(lambda: config.update({"signing-key": str(signing.signing_key(folder.resolve()))}))
     cli.guard(lambda: cli._follow(link, root, config, as_json))
     click.echo(f"Done in {time.monotonic() - start:.1f} s.", err=as_json)

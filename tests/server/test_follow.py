@@ -40,3 +40,11 @@ def test_events_written_while_the_state_was_asked_for_are_not_lost(
 def test_a_run_that_ended_without_a_word_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(link.LinkError, match="ended before its rounds were done"):
         follow(tmp_path, monkeypatch, lambda: None)
+
+
+def test_nothing_is_submitted_before_the_server_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower would start a server of its own, without TLS, and run the rounds there."""
+    monkeypatch.setattr(link, "flwr", lambda *_, **__: pytest.fail("Flower was called"))
+    with pytest.raises(link.LinkError, match="afya-server start"):
+        link.submit(link.Link(tmp_path / "certs", tmp_path / "state"), {})
+    assert not list(tmp_path.iterdir())
