@@ -30,9 +30,7 @@ class Plan:
     lr: float = 4e-3
     batch: int = 24
     bits: int = 4
-    train_images: int = (
-        55  # reviewed and consented pictures of each clinic; it seals about a tenth
-    )
+    train_images: int = 55  # reviewed and consented pictures of each clinic, which seals about a tenth
     sealed_images: int = 30  # pictures of each clinic that nobody trains on
     train_seed: int = 51_001
     sealed_seed: int = 62_001
