@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model import decode
-from model.cuda_step import Decoder, Memory
+from model.cuda_step import Decoder, Memory, power_of_two
 from model.decode import Layers, Row, Step
 
 _ROOM = 256  # tokens by which a slot grows
@@ -54,7 +54,7 @@ class Stage:
         if self.decoder.device.type != "cuda":  # Triton's interpreter, which records nothing
             self.decoder.step(self.memory, rows)
             return Flight(self.memory.found[:, :rows].clone(), None)
-        size = min(_power(rows), self.memory.slots)
+        size = min(power_of_two(rows), self.memory.slots)
         if size not in self._graphs:
             self._graphs[size] = self._record(size)
         self._graphs[size].replay()
@@ -116,7 +116,7 @@ class Recorded:
         if spare:
             slots, room = max(slots, spare.memory.slots), max(room, spare.memory.room)
             del spare  # before more is asked for
-        return Stage(self.decoder, _power(slots), -(-room // _ROOM) * _ROOM)
+        return Stage(self.decoder, power_of_two(slots), -(-room // _ROOM) * _ROOM)
 
     def give(self, stage: Stage) -> None:
         """Buffers that a batch does not need any more."""
@@ -276,8 +276,3 @@ class GraphBatch:
                 self._slots[slot] = last
             del self._length[index], self._left[index]
         self._gone.clear()
-
-
-def _power(number: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, number - 1).bit_length()

@@ -63,6 +63,9 @@ def unsuitable_kind(config: Any) -> str | None:
         return f"its activation is {config.hidden_act}"
     if width not in (16, 32, 64, 128, 256) or config.num_attention_heads // config.num_key_value_heads > 16:
         return f"its heads are {width} wide"
+    inputs = (config.hidden_size, config.intermediate_size, config.num_attention_heads * width)
+    if any(size % 64 for size in inputs):  # the blocks of NF4 would run over from one row of weights into the next
+        return f"its layers are {', '.join(map(str, inputs))} wide, not all multiples of 64"
     return None
 
 

@@ -166,6 +166,8 @@ def _linear(
         other = _rows(
             x, w, maxima, levels, outer, offsets, code, scale, more, live, cols, M, K, like, BITS, COLS, BN, BK
         )
+        if BIAS:
+            other += tl.load(bias + more, mask=live, other=0.0).to(tl.float32)[:, None]
         if LORA:
             other += _low_rank(t, up, more, live, cols, M, R, COLS, RP)
         found = found * tl.sigmoid(found) * other

@@ -117,7 +117,7 @@ class Decoder:
         from model import cuda_kernels as kernels
 
         width = x.shape[1]
-        kernels.norm[(rows,)](x, weight, y, width, eps, KP=_power(width), num_warps=8 if width > 1024 else 4)
+        kernels.norm[(rows,)](x, weight, y, width, eps, KP=power_of_two(width), num_warps=8 if width > 1024 else 4)
 
     def _attend(self, memory: Memory, rows: int, number: int) -> None:
         from model import cuda_kernels as kernels
@@ -153,7 +153,7 @@ class Decoder:
 
         tuning = self.tuned[w.bits]
         bn, bk, warps = tuning.one if rows == 1 else tuning.many
-        together = min(_power(rows), 8) if w.bits == 4 else 1 if rows == 1 else 16  # a matrix unit takes 16
+        together = min(power_of_two(rows), 8) if w.bits == 4 else 1 if rows == 1 else 16  # a matrix unit takes 16
         n = w.n // 2 if gated else w.n
         maxima, levels, outer, offsets, code = w.scales if w.bits == 4 else (w.data,) * 5
         scale = w.scales[0] if w.bits == 8 else w.data
@@ -164,7 +164,7 @@ class Decoder:
             x.view(torch.int32) if w.bits == 4 else x, y, y, w.data, maxima, levels, outer, offsets, code, scale,
             w.bias if w.bias is not None else w.data, memory.low, w.up if lora else w.data, rows, n, w.k, rank,
             BITS=w.bits, COLS=together, GATED=gated, RESIDUAL=residual, BIAS=w.bias is not None, LORA=lora,
-            RP=max(16, _power(rank)), BN=bn, BK=bk, num_warps=warps,
+            RP=max(16, power_of_two(rank)), BN=bn, BK=bk, num_warps=warps,
         )  # fmt: skip
 
 
@@ -174,6 +174,6 @@ def _slides(config: Any) -> bool:
     return bool(getattr(config, "use_sliding_window", True)) and (kinds is None or "full_attention" not in kinds)
 
 
-def _power(number: int) -> int:
-    """The next power of two."""
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`."""
     return 1 << max(0, number - 1).bit_length()

@@ -122,6 +122,8 @@ def test_what_has_no_kernels_is_said(tiny: Path) -> None:
     assert cuda_decoder.unsuitable(core) == "it is not on a CUDA device"
     config = core.config.text_config
     assert cuda_decoder.unsuitable_kind(config) is None
+    config.intermediate_size = 88
+    assert "multiples of 64" in str(cuda_decoder.unsuitable_kind(config))
     config.hidden_act = "gelu"
     assert "gelu" in str(cuda_decoder.unsuitable_kind(config))
     config.model_type = "phi"

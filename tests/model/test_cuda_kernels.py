@@ -66,13 +66,15 @@ def test_a_product_equals_the_one_with_unpacked_weights(bits: int, rows: int) ->
     near(y, x.float() @ torch.cat(before).T + biases, 4e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_a_gated_product_and_one_that_adds_to_its_target(rows: int) -> None:
-    gate, up, down = layer(4, 128, 64, False), layer(4, 128, 64, False), layer(4, 64, 128, False)
+@pytest.mark.parametrize(("rows", "bias"), [(1, False), (5, False), (1, True), (5, True)])
+def test_a_gated_product_and_one_that_adds_to_its_target(rows: int, bias: bool) -> None:
+    gate, up, down = layer(4, 128, 64, bias), layer(4, 128, 64, bias), layer(4, 64, 128, False)
     x = torch.randn(rows, 64, dtype=torch.float16, device=DEVICE)
     y = torch.zeros(rows, 128, dtype=torch.float16, device=DEVICE)
     launched(cuda_decoder.joined([gate, up]), x, y, rows, gated=True)
-    exact = torch.nn.functional.silu(x.float() @ dense(gate, 4).T) * (x.float() @ dense(up, 4).T)
+    with torch.no_grad():
+        first, second = (x.float() @ dense(part, 4).T + (part.bias.float() if bias else 0) for part in (gate, up))
+    exact = torch.nn.functional.silu(first) * second
     near(y, exact, 4e-3)
     state = x.clone()
     launched(cuda_decoder.joined([down]), y, state, rows, residual=True)
