@@ -16,8 +16,8 @@ KEY, OTHER = Ed25519PrivateKey.from_private_bytes(b"k" * 32), Ed25519PrivateKey.
 BASE = "cd" * 32
 
 
-def pem(key: object) -> bytes:
-    return key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined]
+def pem(key: Ed25519PrivateKey) -> bytes:
+    return key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
 
 
 def adapter(folder: Path, value: float = 0.1) -> Path:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -215,8 +216,8 @@ def test_the_commands_say_what_they_did_and_refuse_in_one_sentence(
     values = {"rank": 2, "local-steps": 8, "min-clinics": 1, "base-model": tiny, "proximal-mu": 0.1}
     sets = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
-    def call(group: object, *words: object) -> tuple[int, str]:
-        done = CliRunner().invoke(group, [str(word) for word in words])  # type: ignore[arg-type]
+    def call(group: click.Command, *words: object) -> tuple[int, str]:
+        done = CliRunner().invoke(group, [str(word) for word in words])
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         return done.exit_code, done.output
 
