@@ -71,7 +71,7 @@ def unsuitable_kind(config: Any) -> str | None:
 
 def _no_compiler() -> str | None:
     try:
-        from model import cuda_kernels  # noqa: F401
+        from model import cuda_kernels  # noqa: F401 - only whether it can be imported
     except ImportError as error:
         return f"Triton is not installed ({error})"
     return None
