@@ -73,7 +73,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
         raise limits.Refused(
             f"the time was over after {trained.steps} steps, and this clinic sends nothing below {allowed.min_steps}"
         )
-    moved = {name: array for name, array in trained.state.items() if adapters.factor(name) in request.factor}
+    moved = wire.rounded({n: array for n, array in trained.state.items() if adapters.factor(n) in request.factor})
     metrics: dict[str, int | float] = {
         "num-examples": len(samples),
         "num-cases": cases,
@@ -81,7 +81,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
         "steps": trained.steps,
         "seconds": time.monotonic() - start,
         "waited-seconds": trained.waited,
-        "bytes": adapters.state_bytes(moved),
+        "bytes": wire.packed_bytes(moved, request.factor),
     }
     if cost:  # losses and use of memory depend on the samples themselves and would tell more than was paid for
         spent = ledger.entry(cost.round, cost.multiplier, cost.rate, trained.steps)

@@ -49,9 +49,9 @@ def _mean(row: dict[str, Any], key: str) -> float | None:
 
 
 def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER) -> Path:
-    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`; returns it."""
+    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`, rounded to what travels; returns it."""
     folder = root / place / f"round-{checkpoint.round:05d}"
-    adapters.save(folder, checkpoint.state, checkpoint.spec)
+    adapters.save(folder, wire.rounded(checkpoint.state), checkpoint.spec)
     record = {**evidence(checkpoint), "sha256": adapters.sha256(folder)}
     write_atomic(folder / adapters.RELEASE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     return folder

@@ -103,7 +103,7 @@ class Federation:
         spec = adapters.spec_of(state, s.alpha, base)
         first = RoundCheckpoint(0, 0, "", False, "the initial factors", spec, state, config=asdict(s))
         store.save(self.root, first)
-        self.events.add("started", base_sha256=base, arrays=len(state), bytes=adapters.state_bytes(state))
+        self.events.add("started", base_sha256=base, arrays=len(state), bytes=wire.packed_bytes(state))
         return first
 
     def _same_adapter(self, found: RoundCheckpoint, base: str) -> None:
@@ -148,7 +148,7 @@ class Federation:
         s = self.settings
         values = sum(before.state[n].size for n in before.spec.names if adapters.factor(n) in factor)
         cap = s.max_update_norm or norm_cap(s.lr, s.local_steps, values)
-        return Ask(number, factor, before.state, before.spec, clinics, cap)
+        return Ask(number, factor, wire.rounded(before.state), before.spec, clinics, cap)
 
     def _collect(self, gate: Gate, start: float) -> None:
         """Send the round's message and take replies one by one until all are there or the deadline is over."""
@@ -212,12 +212,12 @@ class Federation:
             rejected=tuple(gate.rejected),
             config=asdict(self.settings),
             seconds=self.clock() - start,
-            bytes_down=adapters.state_bytes(ask.state) * len(ask.clinics),
+            bytes_down=wire.packed_bytes(ask.state) * len(ask.clinics),
             bytes_up=sum(update.bytes for update in updates),
         )
         if enough:
             scale = before.spec.alpha / before.spec.rank
-            found = aggregate(updates, before.state, mode=s.aggregation, cut=s.trim, scale=scale)
+            found = aggregate(updates, ask.state, mode=s.aggregation, cut=s.trim, scale=scale)
             reason = f"{len(updates)} of {len(ask.clinics)} replies aggregated"
             base = replace(base, state=found.state, accepted=found.accepted, quality=found.quality)
             base = replace(base, updates=before.updates + 1, reason=reason)

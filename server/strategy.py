@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from model import adapters, wire
+from model import wire
 from model.adapters import AdapterRejected, AdapterSpec, State
 from server import aggregate as aggregation
 from server.checkpoint import Contribution, Rejection
@@ -27,7 +27,10 @@ REASON_LENGTH = 300  # characters of a clinic's own words that are kept
 
 @dataclass(frozen=True)
 class Ask:
-    """What a round asks for: `factor` ("A", "B" or "AB") trained from `state`, by `clinics` (node id -> name)."""
+    """What a round asks for: `factor` ("A", "B" or "AB") trained from `state`, by `clinics` (node id -> name).
+
+    `state` is what the clinics get, so rounded to what travels (`model.wire`).
+    """
 
     round: int
     factor: str
@@ -116,7 +119,7 @@ class Gate:
         norm = _distance(arrays, self.ask.state)
         if norm > self.ask.max_norm:
             raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
-        size = adapters.state_bytes(arrays)
+        size = wire.packed_bytes(arrays, self.ask.factor)
         if self._spool is not None:
             arrays = self._spool.put(node, arrays)
         return Update(node, clinic, arrays, examples, norm, size, metrics)

@@ -59,14 +59,14 @@ def _apart(preset: str, rank: int, mode: str, number: str, work: Path | None) ->
 
 def case(work: Path, preset: str, rank: int, mode: str, number: int) -> dict[str, Any]:
     """Bytes, seconds and highest memory of one round with `number` clinics."""
-    from model import adapters, memory
+    from model import adapters, memory, wire
     from scripts.benches.random_model import llava_config
     from server.aggregate import factors_of_round
     from server.spool import Spool
     from server.strategy import Update, aggregate
 
     llava_config(preset, 32000).save_pretrained(work / "base")
-    before = adapters.initial(work / "base", rank, 2.0 * rank, "decoder", 0)
+    before = wire.rounded(adapters.initial(work / "base", rank, 2.0 * rank, "decoder", 0))
     factor = factors_of_round(mode, 0)
     spool, updates = Spool(work / "incoming"), []
     for node in range(number):
@@ -76,20 +76,24 @@ def case(work: Path, preset: str, rank: int, mode: str, number: int) -> dict[str
             for name in before
             if adapters.factor(name) in factor
         }
-        size = adapters.state_bytes(arrays)
+        arrays = wire.rounded(arrays)
+        size = wire.packed_bytes(arrays, factor)
         updates.append(Update(node, f"clinic {node}", spool.put(node, arrays), 100, 1.0, size, {}))
     memory.reset_highest()
     began = time.perf_counter()
     outcome = aggregate(updates, before, mode=mode, scale=2.0)
     seconds = time.perf_counter() - began
     facts = {"mode": mode, "clinics": number, "seconds": seconds, "up": updates[0].bytes}
-    facts |= {"down": adapters.state_bytes(before), "relative_error": outcome.quality["relative_error"]}
+    facts |= {"down": wire.packed_bytes(before), "relative_error": outcome.quality["relative_error"]}
     return {**facts, "peak_rss": memory.highest_resident_bytes(), "arrays": len(before)}
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    lines = [f"{report['preset']}, all linear layers of the decoder, rank {report['rank']}, float32.", ""]
+    lines = [
+        f"{report['preset']}, all linear layers of the decoder, rank {report['rank']}, 16 bits a value on the wire.",
+        "",
+    ]
     lines += ["| aggregation | clinics | MiB up a clinic | MiB down | seconds | peak RSS MiB | distance from mean |"]
     lines.append("|---" * 7 + "|")
     for row in report["cases"]:

@@ -100,7 +100,7 @@ def test_arrays_that_are_not_what_they_say_are_refused(clinic: Path, tiny: Path,
         "shape": Array(dtype="float32", shape=real.shape, stype="numpy.ndarray", data=_huge(real)),
         "dtype": Array(dtype="float32", shape=real.shape, stype="numpy.ndarray", data=_object(real)),
         "finite": Array(np.full_like(real, np.nan)),
-        "float32": Array(real.astype(np.float64)),
+        "float16": Array(real.astype(np.float64)),
     }
     for word, array in bad.items():
         content = request(tiny, state)

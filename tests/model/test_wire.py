@@ -46,6 +46,28 @@ def test_what_is_packed_is_unpacked_bit_for_bit(rank: int, seed: int, layers: in
     assert set(half) == {name for name in state if adapters.factor(name) == "B"}
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-6, 1e-3, 1.0, 1e3]))
+def test_rounded_values_travel_in_half_the_bytes_and_arrive_bit_for_bit(seed: int, spread: float) -> None:
+    exact = {name: array * np.float32(spread) for name, array in state_of(2, seed).items()}
+    state = wire.rounded(exact)
+    again = wire.rounded(state)
+    for name, array in state.items():
+        assert array.dtype == np.float32 and np.array_equal(again[name], array)
+        assert np.allclose(array, exact[name], rtol=2**-11, atol=2**-24)
+    assert wire.packed_bytes(state) * 2 == adapters.state_bytes(state)
+    vectors = {wire.key(f): wire.pack(state, f) for f in wire.FACTORS}
+    assert {str(vector.dtype) for vector in vectors.values()} == {"float16"}
+    shapes = {name: array.shape for name, array in state.items()}
+    arrived = wire.unpack({key: sent(vector) for key, vector in vectors.items()}, shapes)
+    assert all(arrived[n].dtype == np.float32 and np.array_equal(arrived[n], state[n]) for n in state)
+
+
+def test_what_16_bits_cannot_hold_is_refused_by_the_sender() -> None:
+    with pytest.raises(AdapterRejected, match="16 bits"):
+        wire.rounded({"a.lora_A.weight": np.full((1, 1), 7e4, np.float32)})
+
+
 def test_a_vector_that_is_not_what_was_promised_is_refused() -> None:
     state = state_of(2, 0)
     shapes = {name: array.shape for name, array in state.items()}

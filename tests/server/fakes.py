@@ -28,7 +28,7 @@ def small_state(rank: int = 2, seed: int = 0) -> adapters.State:
     state = {}
     for layer in ("q_proj", "v_proj"):
         name = f"base_model.model.model.language_model.layers.0.self_attn.{layer}"
-        state[f"{name}.lora_A.weight"] = draw.normal(size=(rank, 6)).astype(np.float32)
+        state[f"{name}.lora_A.weight"] = draw.normal(size=(rank, 6)).astype(np.float16).astype(np.float32)
         state[f"{name}.lora_B.weight"] = np.zeros((4, rank), np.float32)
     return state
 
