@@ -116,7 +116,10 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
     child = None
     try:
         with open(link.state / "superlink.log", "ab") as log:
-            child = subprocess.Popen(link.command(), env=link.environment(), stdout=log, stderr=subprocess.STDOUT)
+            command, bound = link.command(), bound_to_this_process()
+            child = subprocess.Popen(
+                command, env=link.environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=bound
+            )
         _wait_until_up(link, child)
         for name in register_all(link):
             say(f"Clinic {name} registered.")
@@ -127,6 +130,25 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
         signal.signal(signal.SIGTERM, previous)
         if child is not None:
             _stop(child)
+
+
+def bound_to_this_process() -> Callable[[], None] | None:
+    """For `preexec_fn`: the child is told to end when this process dies, however that happens; None where not Linux.
+
+    A SuperLink that outlived its proxy would hold the port, and no server could be started again.
+    """
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def bind() -> None:
+        prctl(1, int(signal.SIGTERM))  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return bind
 
 
 def _interrupt(*_: object) -> None:
