@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -47,8 +47,12 @@ class Result:
 class Local:
     """The processes of a federation on loopback, as a context manager that leaves none of them behind."""
 
-    def __init__(self, clinics: Mapping[str, Path], out: Path, base: Path, threads: int = 1) -> None:
+    def __init__(
+        self, clinics: Mapping[str, Path], out: Path, base: Path, threads: int = 1, later: Collection[str] = ()
+    ) -> None:
+        """`later` names clinics that get a key and are registered, but do not join at the start."""
         self.clinics, self.out, self.base = dict(clinics), out.resolve(), base.resolve()
+        self.later = frozenset(later)
         self.ports = free_ports(2 + len(clinics))
         self.threads = threads
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -82,23 +86,30 @@ class Local:
         names = [word for name in self.clinics for word in ("--clinic", name)]
         self.command("server", "certs", "--out", str(self.out / "certs"), *names)
         self.memory.start()
+        self.start_server()
+        for name in self.clinics:
+            if name not in self.later:
+                self.join(name)
+
+    def start_server(self) -> None:
+        """Start the SuperLink with its proxy, for the first time or again, and wait until clinics can connect."""
         self._spawn("server", ["server", "start", *self._places(), "--listen", self.server])
         self._wait_for_server()
-        for name in self.clinics:
-            self.join(name)
 
     def _places(self) -> list[str]:
         places = ["--certs", str(self.out / "certs"), "--state", str(self.out / "state")]
         return [*places, "--link-port", str(self.ports[1])]
 
-    def join(self, name: str, bundle: Path | None = None) -> None:
-        """Start the SuperNode of a clinic."""
+    def join(
+        self, name: str, bundle: Path | None = None, server: str = "", env: Mapping[str, str] | None = None
+    ) -> None:
+        """Start the SuperNode of a clinic; `server` is where it connects when not to the proxy itself."""
         home = self.clinics[name]
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         port = self.ports[2 + list(self.clinics).index(name)]
         bundle = bundle or self.out / "certs" / "clinics" / name
-        arguments = ["client", "join", "--server", self.server, "--bundle", str(bundle), "--port", str(port)]
-        self._spawn(name, arguments, {"AFYA_HOME": str(home), "OMP_NUM_THREADS": str(self.threads)})
+        arguments = ["client", "join", "--server", server or self.server, "--bundle", str(bundle), "--port", str(port)]
+        self._spawn(name, arguments, {"AFYA_HOME": str(home), "OMP_NUM_THREADS": str(self.threads), **(env or {})})
 
     def rounds(self, config: Mapping[str, Any], say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """Submit a run and follow it to its end; returns its events. Raises FederationFailed."""
@@ -223,7 +234,9 @@ def family(pid: int) -> list[psutil.Process]:
 def _role(command: list[str]) -> str:
     """What a process of a federation does, from its command line."""
     words = " ".join(command[:4])
-    for mark in ("flwr-clientapp", "flwr-serverapp", "flower-superexec", "flower-superlink", "flower-supernode"):
+    if "client.supernode" in words:
+        return "supernode"
+    for mark in ("flwr-clientapp", "flwr-serverapp", "flower-superexec", "flower-superlink"):
         if mark in words:
             return mark.split("-")[1]
     return "proxy" if "server" in words else "other"

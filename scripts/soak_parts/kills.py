@@ -1,0 +1,177 @@
+"""kill -9 of one process in the middle of a round, and whether the federation comes back as it must.
+
+After every kill: the last checkpoint loads, at most one round is done twice, every clinic's replies count again
+without anybody's hand at a clinic, and what the clinics hold is what they held. After a kill on the server's side the
+adapter of the interrupted round is bit for bit that of an undisturbed run; after one at a clinic the round of the
+others ends by its deadline.
+"""
+
+import time
+from typing import Any
+
+import psutil
+
+from scripts.federation import family
+from scripts.soak_parts.deployment import Deployment, NotSurvived, fingerprint
+from scripts.soak_parts.report import Outcome
+from scripts.soak_parts.schedule import Case
+from scripts.soak_parts.town import HONEST, PATIENCE, Town
+
+VICTIM = HONEST[0]
+DEADLINES = {"supernode": 40.0, "clientapp": 90.0}  # seconds; a SuperNode learns in 30 to 60 that its ClientApp died
+SLACK = 10.0  # seconds that closing a round may take after its deadline, on a machine with other work
+
+
+def kill(town: Town, case: Case) -> Outcome:
+    """One kill. Raises NotSurvived with the reason."""
+    return at_a_clinic(town, case) if case.fault in ("supernode", "clientapp") else at_the_server(town, case)
+
+
+def at_the_server(town: Town, case: Case) -> Outcome:
+    """Kill the SuperLink, the proxy or the ServerApp; start again what systemd starts, then `afya-server rounds`."""
+    settings = {"min-clinics": len(HONEST), "round-deadline": PATIENCE}
+    now = town.ready("server", "quick", settings, compared=True)
+    held = holdings(town)
+    into_a_round(now, case.share * town.usual["quick"]["round"])
+    killed = time.monotonic()
+    if case.fault == "serverapp":
+        _kill(now.wait("a ServerApp", PATIENCE, lambda: now.find("serverapp")))
+        now.wait("the end of `afya-server rounds`", PATIENCE, lambda: now.processes["rounds"].poll())
+    else:
+        rest = family(now.processes["server"].pid)
+        target = now.find("superlink") if case.fault == "superlink" else rest[0]
+        if target is None:
+            raise NotSurvived("there was no SuperLink to kill")
+        _kill(target)
+        now.restart_server([process for process in rest if process.pid != target.pid])
+        now.leave("rounds")
+    number = running(now, len(now.look()))
+    now.sound(number - 1)
+    place = len(now.look())
+    now.submit(now.settings)
+    whole = _both_count(now, place)
+    recovery = time.monotonic() - killed
+    now.same(whole, town.reference)
+    unharmed(town, held)
+    numbers = [event["round"] for event in now.seen if event["event"] == "round"]
+    repeated = len(numbers) - len(set(numbers)) - now.repeated
+    now.repeated += repeated
+    if repeated > 1:
+        raise NotSurvived(f"{repeated} rounds were done again")
+    return Outcome(True, _words(repeated), recovery, repeated, {"at": round(case.share, 3)})
+
+
+def _words(repeated: int) -> str:
+    return "the round was done again, bit for bit the same" if repeated else "nothing was lost"
+
+
+def at_a_clinic(town: Town, case: Case) -> Outcome:
+    """Kill north's SuperNode (and start it again) or its ClientApp (which nobody starts again)."""
+    now = town.ready(case.fault, "train", {"min-clinics": 1, "round-deadline": DEADLINES[case.fault]})
+    held, usual, deadline = holdings(town), town.usual["train"], DEADLINES[case.fault]
+    if case.fault == "supernode":
+        place = into_a_round(now, case.share * usual["round"])
+        rest = family(now.processes[VICTIM].pid)
+        _kill(rest[0])
+        killed = time.monotonic()
+        now.processes[VICTIM].wait()
+        now.rejoin(VICTIM, rest[1:])
+    else:
+        place = _kill_the_training(now, case.share * usual["clientapp"])
+        killed = time.monotonic()
+    number = running(now, place)
+    others = now.wait(f"the end of round {number} by its deadline", deadline + SLACK, lambda: done(now, number))
+    reason = next((e["reason"] for e in now.seen if e["event"] == "rejected" and e["round"] == number), "")
+    now.wait("a reply of the clinic that counts", PATIENCE, lambda: counts(now, place, VICTIM))
+    recovery = time.monotonic() - killed
+    now.sound(number)
+    unharmed(town, held)
+    words = f"the others' round ended without it ({reason})" if reason else "its reply of the same round counted"
+    return Outcome(True, words, recovery, 0, {"at": round(case.share, 3), "round_seconds": others["seconds"]})
+
+
+def _kill_the_training(now: Deployment, after: float) -> int:
+    """Kill north's ClientApp `after` seconds of its life; the place in the events then. A shorter one is let pass."""
+    for _ in range(5):
+        process = _training(now, now.seen[into_a_round(now, 0.0)])
+        time.sleep(max(0.0, process.create_time() + after - time.time()))
+        place = len(now.look())
+        try:
+            _kill(process)
+            return place
+        except NotSurvived:
+            after *= 0.9
+    raise NotSurvived("no ClientApp lived long enough to be killed")
+
+
+def _training(now: Deployment, begun: dict[str, Any]) -> psutil.Process:
+    """North's ClientApp of a round; one that is older than the round has answered before and is about to end."""
+    return now.wait("a ClientApp", PATIENCE, lambda: now.find("clientapp", VICTIM, now.age(begun)))
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess as error:
+        raise NotSurvived("the process had ended before it could be killed") from error
+
+
+def into_a_round(now: Deployment, seconds: float) -> int:
+    """Wait until a round has run for so long since it began, the next one where that has gone by; its event's place."""
+    count = len(now.look())
+    place = max((n for n, event in enumerate(now.seen) if event["event"] == "round"), default=None)
+    done = place is None or any(event["event"] == "round-done" for event in now.seen[place:])
+    if place is None or done or now.age(now.seen[place]) > max(seconds, 1.0):
+        place = now.wait("the next round", PATIENCE, lambda: begun(now, count))
+    time.sleep(max(0.0, seconds - now.age(now.seen[place])))
+    return place
+
+
+def begun(now: Deployment, place: int) -> int | None:
+    """Place of the first round's event at or behind a place."""
+    return next((n for n, event in enumerate(now.seen) if n >= place and event["event"] == "round"), None)
+
+
+def running(now: Deployment, place: int) -> int:
+    """Number of the round that was running at a place in the events."""
+    return int([event["round"] for event in now.look()[: place + 1] if event["event"] == "round"][-1])
+
+
+def done(now: Deployment, number: int) -> dict[str, Any] | None:
+    """The event of a round's end, or None."""
+    return next((e for e in now.seen if e["event"] == "round-done" and e["round"] == number), None)
+
+
+def counts(now: Deployment, place: int, clinic: str, number: int = 0) -> bool | None:
+    """Whether a reply of a clinic counted behind a place in the events, in round `number` or later."""
+    later = [e for e in now.seen[place:] if e["event"] == "accepted" and e["clinic"] == clinic]
+    return True if any(e["round"] >= number for e in later) else None
+
+
+def _both_count(now: Deployment, place: int) -> int:
+    """Wait for the end of a round in which every clinic's reply counted; its number."""
+
+    def whole() -> int | None:
+        later = now.seen[place:]
+        if failed := [event for event in later if event["event"] in ("failed", "rejected")]:
+            raise NotSurvived(f"after the restart: {failed[0].get('reason')}")
+        ended = [event["round"] for event in later if event["event"] == "round-done"]
+        return int(ended[0]) if ended else None
+
+    number: int = now.wait("a round with every clinic after the restart", 2 * PATIENCE, whole)
+    counted = {e["clinic"] for e in now.seen[place:] if e["event"] == "accepted" and e["round"] == number}
+    if counted != set(HONEST):
+        raise NotSurvived(f"after the restart only {', '.join(sorted(counted)) or 'nobody'} took part")
+    return number
+
+
+def holdings(town: Town) -> dict[str, str]:
+    """Fingerprints of what the honest clinics hold."""
+    return {name: fingerprint(town.homes[name]) for name in HONEST}
+
+
+def unharmed(town: Town, held: dict[str, str]) -> None:
+    """Raise NotSurvived unless the clinics hold what they held."""
+    for name, was in held.items():
+        if fingerprint(town.homes[name]) != was:
+            raise NotSurvived(f"training/ or adapters/ of {name} are not what they were")
