@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from scripts.federation import FederationFailed, Local, family
+from scripts.federation import UP_SECONDS, FederationFailed, Local, family
 from scripts.soak_parts import clinic
 from scripts.soak_parts.line import Line
 from server import checkpoint, link
@@ -47,6 +47,7 @@ class Deployment(Local):
         self.seen: list[dict[str, Any]] = []
         self.mode = ""
         self.line: Line | None = None  # before north, once it is on a bad one
+        self.follow = False  # whether `afya-server rounds` looks on until its run ends
         self.repeated = 0  # rounds that were begun twice in the present folder
         self._place = self._folders = 0
 
@@ -57,11 +58,20 @@ class Deployment(Local):
         super().join(name, bundle, server, {**clinic.environment(self.behaviours[name]), **(env or {})})
 
     def submit(self, settings: Mapping[str, Any]) -> None:
-        """`afya-server rounds` in the background, in the present folder."""
-        self.settings = dict(settings)
+        """`afya-server rounds` in the background, in the present folder; left once it has begun, unless `follow`."""
+        self.settings, count = dict(settings), len(self.look())
         config = {"base-model": str(self.base), **SETTINGS, **settings}
         chosen = [word for name, value in config.items() for word in ("--set", f"{name}={value}")]
         self._spawn("rounds", ["server", "rounds", *self._places(), "--out", str(self.root), *chosen])
+        self.wait("the start of a run", UP_SECONDS, lambda: self._begun(count))
+        if not self.follow:  # looking on costs processor time that rounds need
+            self.leave("rounds")
+
+    def _begun(self, count: int) -> bool | None:
+        """Whether a run has written anything yet. Raises NotSurvived when it was not accepted."""
+        if self.processes["rounds"].poll():
+            raise NotSurvived("a run was not accepted: " + self.tail("rounds.log", 3))
+        return True if len(self.seen) > count else None
 
     def fresh(self, mode: str, reference: Path | None, settings: Mapping[str, Any]) -> None:
         """End the present run and start one in a new folder, behind the first round of `reference` or from nothing."""

@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 
 from scripts.federation import family
-from scripts.soak_parts.deployment import Deployment, NotSurvived, fingerprint
+from scripts.soak_parts.deployment import Deployment, NotSurvived, fingerprint, gone
 from scripts.soak_parts.report import Outcome
 from scripts.soak_parts.schedule import Case
-from scripts.soak_parts.town import HONEST, PATIENCE, Town
+from scripts.soak_parts.town import FOLLOWED, HONEST, PATIENCE, Town
 
 VICTIM = HONEST[0]
-DEADLINES = {"supernode": 40.0, "clientapp": 90.0}  # seconds; a SuperNode learns in 30 to 60 that its ClientApp died
+DEADLINES = {"supernode": 30.0, "clientapp": 90.0}  # seconds; a SuperNode learns in 30 to 60 that its ClientApp died
 SLACK = 10.0  # seconds that closing a round may take after its deadline, on a machine with other work
 
 
@@ -30,21 +30,23 @@ def kill(town: Town, case: Case) -> Outcome:
 def at_the_server(town: Town, case: Case) -> Outcome:
     """Kill the SuperLink, the proxy or the ServerApp; start again what systemd starts, then `afya-server rounds`."""
     settings = {"min-clinics": len(HONEST), "round-deadline": PATIENCE}
-    now = town.ready("server", "quick", settings, compared=True)
+    mode = FOLLOWED if case.fault == "serverapp" else "server"
+    now = town.ready(mode, "quick", settings, compared=True)
     held = holdings(town)
     into_a_round(now, case.share * town.usual["quick"]["round"])
     killed = time.monotonic()
+    former = None
     if case.fault == "serverapp":
         _kill(now.wait("a ServerApp", PATIENCE, lambda: now.find("serverapp")))
         now.wait("the end of `afya-server rounds`", PATIENCE, lambda: now.processes["rounds"].poll())
     else:
-        rest = family(now.processes["server"].pid)
+        rest, former = family(now.processes["server"].pid), now.find("serverapp")
         target = now.find("superlink") if case.fault == "superlink" else rest[0]
         if target is None:
             raise NotSurvived("there was no SuperLink to kill")
         _kill(target)
-        now.restart_server([process for process in rest if process.pid != target.pid])
-        now.leave("rounds")
+        # A ServerApp that cannot reach its SuperLink is ending, but may wait for it until it is back.
+        now.restart_server([process for process in rest if process not in (target, former)])
     number = running(now, len(now.look()))
     now.sound(number - 1)
     place = len(now.look())
@@ -53,6 +55,8 @@ def at_the_server(town: Town, case: Case) -> Outcome:
     recovery = time.monotonic() - killed
     now.same(whole, town.reference)
     unharmed(town, held)
+    if former is not None and gone([former], PATIENCE):
+        raise NotSurvived("the ServerApp of the former run goes on beside the new one")
     numbers = [event["round"] for event in now.seen if event["event"] == "round"]
     repeated = len(numbers) - len(set(numbers)) - now.repeated
     now.repeated += repeated
@@ -67,8 +71,9 @@ def _words(repeated: int) -> str:
 
 def at_a_clinic(town: Town, case: Case) -> Outcome:
     """Kill north's SuperNode (and start it again) or its ClientApp (which nobody starts again)."""
-    now = town.ready(case.fault, "train", {"min-clinics": 1, "round-deadline": DEADLINES[case.fault]})
-    held, usual, deadline = holdings(town), town.usual["train"], DEADLINES[case.fault]
+    trains, deadline = ("quick" if case.fault == "supernode" else "train"), DEADLINES[case.fault]
+    now = town.ready(case.fault, trains, {"min-clinics": 1, "round-deadline": deadline})
+    held, usual = holdings(town), town.usual[trains]
     if case.fault == "supernode":
         place = into_a_round(now, case.share * usual["round"])
         rest = family(now.processes[VICTIM].pid)

@@ -19,7 +19,7 @@ DOWN, SILENT, SLOW = 10.0, 30.0, 256.0  # seconds, seconds, kbit/s
 
 def trouble(town: Town, case: Case) -> Outcome:
     """One trouble of the line. Raises NotSurvived with the reason."""
-    now = town.ready("line", "train", {"min-clinics": 1, "round-deadline": DEADLINE})
+    now = town.ready("line", "quick", {"min-clinics": 1, "round-deadline": DEADLINE})
     host, _, port = now.server.rpartition(":")
     if now.line is None:
         now.line = Line((host, int(port)))
@@ -28,7 +28,7 @@ def trouble(town: Town, case: Case) -> Outcome:
         now.join(kills.VICTIM, server=now.line.address)
         now.wait("a reply over the line", PATIENCE, lambda: kills.counts(now, len(now.seen) - 1, kills.VICTIM))
     line, held = now.line, kills.holdings(town)
-    place = kills.into_a_round(now, case.share * town.usual["train"]["round"])
+    place = kills.into_a_round(now, case.share * town.usual["quick"]["round"])
     began, passed, pid = time.monotonic(), line.bytes, now.processes[kills.VICTIM].pid
     {"cut": line.cut, "down": lambda: line.down(DOWN), "silent": lambda: line.silent(SILENT)}.get(
         case.kind, lambda: setattr(line, "kbit", SLOW)

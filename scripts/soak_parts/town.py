@@ -21,6 +21,7 @@ from scripts.soak_parts.deployment import REFERENCE, Deployment, NotSurvived
 CLINICS = ("north", "south", "west", "east")
 HONEST, LATER = CLINICS[:2], CLINICS[2:]
 PATIENCE = 240.0  # seconds after which something that must happen has not happened, on a machine with other work
+FOLLOWED = "followed"  # the mode in which `afya-server rounds` looks on, and so learns that the ServerApp is gone
 MEASURED = 2  # rounds that nothing happens to before the first case of a mode
 
 
@@ -91,6 +92,7 @@ class Town:
         `anew` asks for a new run in any case.
         """
         now = self.deployment()
+        now.follow = mode == FOLLOWED
         if compared and not self.reference.exists():
             self._undisturbed(now)
         done = max((event["round"] for event in now.look() if event["event"] == "round-done"), default=1)
@@ -109,7 +111,6 @@ class Town:
         self.usual["quick"] = _measure(now, self.rounds, kept)
         now.wait("a release", PATIENCE, lambda: True if any(e["event"] == "finished" for e in now.seen) else None)
         kept.rename(self.reference)
-        now.leave("rounds")
 
 
 def _same_keys(source: Path, target: Path) -> None:
@@ -137,8 +138,11 @@ def _measure(now: Deployment, rounds: int, keep: Path | None = None) -> dict[str
     lives: dict[psutil.Process, float] = {}
     end = time.monotonic() + rounds * PATIENCE
     while len(took := [e["seconds"] for e in now.look() if e["event"] == "round-done"]) < rounds:
-        if time.monotonic() > end or now.processes["rounds"].poll():
-            raise NotSurvived("a run that nothing happened to did not go on: " + now.tail("rounds.log", 3))
+        failed = [str(e["reason"]) for e in now.seen if e["event"] == "failed"]
+        if failed or time.monotonic() > end:
+            raise NotSurvived(
+                f"a run that nothing happened to did not go on: {' '.join(failed) or 'it takes too long'}"
+            )
         if (process := now.find("clientapp", HONEST[0])) is not None:
             lives[process] = time.time() - process.create_time()
         if keep is not None:
