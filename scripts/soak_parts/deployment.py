@@ -131,7 +131,7 @@ class Deployment(Local):
                 return found
             if time.monotonic() > end:
                 raise NotSurvived(f"{what} did not happen within {seconds:.0f} s")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def find(self, kind: str, owner: str = "server", young: float = 1e9) -> psutil.Process | None:
         """The newest process of a kind among those of `owner` that is at most `young` seconds old and has not ended."""

@@ -86,7 +86,7 @@ class Town:
     def ready(
         self, mode: str, trains: str, settings: dict[str, Any], compared: bool = False, anew: bool = False
     ) -> Deployment:
-        """A deployment whose run has this mode's settings; `trains` is what honest clinics do: "train" or "quick".
+        """A deployment whose run has this mode's settings; `trains` is what north does: "train" or "quick".
 
         A run that is `compared` begins behind the first round of the undisturbed one and ends before that does.
         `anew` asks for a new run in any case.
@@ -97,8 +97,7 @@ class Town:
             self._undisturbed(now)
         done = max((event["round"] for event in now.look() if event["event"] == "round-done"), default=1)
         if anew or now.mode != mode or (compared and done > self.rounds - 2):
-            for name in HONEST:
-                self.behave(name, trains)
+            self.behave(HONEST[0], trains)
             now.fresh(mode, self.reference if compared else None, settings)
             if trains not in self.usual:
                 self.usual[trains] = _measure(now, MEASURED)
@@ -147,7 +146,7 @@ def _measure(now: Deployment, rounds: int, keep: Path | None = None) -> dict[str
             lives[process] = time.time() - process.create_time()
         if keep is not None:
             _copy(now.root, keep)
-        time.sleep(0.1)
+        time.sleep(0.3)
     if keep is not None:
         _copy(now.root, keep)
     return {"round": statistics.median(took), "clientapp": statistics.median(lives.values())}
