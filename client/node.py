@@ -13,6 +13,12 @@ from typing import Any
 from client import invitation, limits
 
 SILENT = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25"}
+# A cut of the line costs the piece that was under way: 4 s at 256 kbit/s. The server cuts up what comes down.
+SMALL = {
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(128 << 10),
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "1",
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def connection(
 def command(link: Connection) -> list[str]:
     """Command line of the SuperNode with the safe flags."""
     return [
-        str(Path(sys.executable).parent / "flower-supernode"),
+        *(sys.executable, "-P", "-m", "client.supernode"),  # -P: whatever lies in the current folder is not code
         *("--superlink", link.server),
         *("--root-certificates", str(link.ca.resolve())),
         *("--auth-supernode-private-key", str(link.key.resolve())),
@@ -55,7 +61,7 @@ def environment(home: Path) -> dict[str, str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     own = {"PATH": path, "AFYA_HOME": str(home), "FLWR_HOME": str(home / "flower")}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**os.environ, **SILENT, **offline, **own}
+    return {**os.environ, **SILENT, **SMALL, **offline, **own}
 
 
 def join(home: Path, link: Connection) -> Any:

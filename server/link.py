@@ -31,6 +31,7 @@ SILENT = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(128 << 10),  # bytes that a cut costs a clinic: 4 s at 256 kbit/s
 }
 APP_PACKAGES = ("server", "client")
 

@@ -2,7 +2,8 @@
 
 Flower's Control API has no login in the open build and shares the SuperLink's port, so the SuperLink listens on
 loopback only and this stands in front. The twelve Fleet calls are listed one by one: no path is ever interpreted.
-Revoked keys and repeated signatures are refused by `server.guard`.
+Revoked keys and repeated signatures are refused by `server.guard`; what a clinic asks again because its line was cut
+is answered with the help of `server.again`.
 Not covered: limiting how often one address may call; put a firewall in front for that.
 """
 
@@ -16,7 +17,8 @@ from typing import Any
 
 import httpx
 
-from server.guard import Guard
+from server.again import REPEATED, Again, Answer
+from server.guard import KEY, Guard
 
 CALLS = frozenset(
     f"/v1/fleet/{name}"
@@ -35,7 +37,7 @@ CALLS = frozenset(
         "confirm-message-received",
     )
 )
-MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; Flower cuts arrays into chunks of 5 MiB
+MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; arrays come in chunks of 128 KiB
 BODY_SECONDS = 60.0  # longest wait for the next piece of a body: a clinic's line may be slow, not silent
 CONNECTIONS = 64  # open connections at once: with MAX_BODY half a gigabyte at the very worst
 _HOP = frozenset(
@@ -63,7 +65,7 @@ class FleetProxy:
     """
 
     def __init__(self, upstream: str, ca: Path, guard: Guard | None = None) -> None:
-        self.upstream, self.guard = upstream.rstrip("/"), guard
+        self.upstream, self.guard, self.again = upstream.rstrip("/"), guard, Again()
         context = ssl.create_default_context(cafile=str(ca))
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
         timeout = httpx.Timeout(300.0, connect=10.0)
@@ -109,20 +111,44 @@ class FleetProxy:
         await self._forward(known, headers, body, send)
 
     async def _forward(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, send: Send) -> None:
-        """Send the call to the SuperLink and stream its answer back; 502 when the SuperLink is not there."""
+        """Send the call to the SuperLink and its answer back; 502 when the SuperLink is not there."""
+        key = next((value for name, value in headers if name.lower() == KEY), b"")
         request = self.client.build_request("POST", self.upstream + path, headers=headers, content=body)
         try:
-            answer = await self.client.send(request, stream=True)
+            if path not in REPEATED or not key:
+                return await self._stream(path, key, request, send)
+            async with self.again.lock(key):
+                got = await self.client.send(request)
+                answer = self.again.settle(path, key, body, (got.status_code, _kept(got), got.content))
         except httpx.HTTPError:
             return await _answer(send, 502, "The SuperLink does not answer.")
+        await _whole(send, answer)
+
+    async def _stream(self, path: str, key: bytes, request: httpx.Request, send: Send) -> None:
+        """Pass an answer on piece by piece. Raises httpx.HTTPError while there is none."""
+        answer = await self.client.send(request, stream=True)
+        self.again.seen(path, key, answer.status_code)
         try:
-            kept = [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": _kept(answer)})
             async for piece in answer.aiter_raw():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
             await answer.aclose()
+
+
+def _kept(answer: httpx.Response) -> list[tuple[bytes, bytes]]:
+    """The headers of an answer that go on to the clinic."""
+    return [(name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _HOP]
+
+
+async def _whole(send: Send, answer: Answer) -> None:
+    """Send an answer that is there as a whole."""
+    status, headers, content = answer
+    kept = [(name, value) for name, value in headers if name not in (b"content-length", b"content-encoding")]
+    kept.append((b"content-length", str(len(content)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": kept})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def _pieces(receive: Receive) -> AsyncIterator[bytes]:

@@ -43,8 +43,7 @@ class Line:
         self.port = 0
         self.bytes_up = self.bytes_down = 0  # what passed
         self.connections = self.cuts = 0  # connections that were made; cuts that hit at least one
-        self._limits: Iterator[int] = itertools.repeat(cut_after) if isinstance(cut_after, int) else iter(cut_after)
-        self._limit, self._since_cut = next(self._limits, 0), 0
+        self.plan(cut_after)
         self._free = {"up": 0.0, "down": 0.0}  # when the next piece may leave
         self._silent_until = self._down_until = 0.0
         self._pairs: set[Pair] = set()
@@ -61,6 +60,11 @@ class Line:
     def bytes(self) -> int:
         """Bytes that passed in both directions."""
         return self.bytes_up + self.bytes_down
+
+    def plan(self, cut_after: int | Iterable[int]) -> None:
+        """Cut from now on after these numbers of bytes, in place of those planned before; () is never."""
+        self._limits: Iterator[int] = itertools.repeat(cut_after) if isinstance(cut_after, int) else iter(cut_after)
+        self._limit, self._since_cut = next(self._limits, 0), 0
 
     def cut(self, how: str | None = None) -> None:
         """Cut every open connection now; new ones are taken at once."""
@@ -127,7 +131,7 @@ class Line:
             self._pairs.add(pair)
             self.connections += 1
             await asyncio.gather(self._pass(reader, pair, "up"), self._pass(far_reader, pair, "down"))
-        except OSError:
+        except (OSError, asyncio.CancelledError):  # the relay itself is stopped by cancelling
             _end(pair, RESET)
         finally:
             self._pairs.discard(pair)
