@@ -234,11 +234,9 @@ def family(pid: int) -> list[psutil.Process]:
 def _role(command: list[str]) -> str:
     """What a process of a federation does, from its command line."""
     words = " ".join(command[:4])
-    if "client.supernode" in words:
-        return "supernode"
-    for mark in ("flwr-clientapp", "flwr-serverapp", "flower-superexec", "flower-superlink"):
+    for mark in ("flwr-clientapp", "flwr-serverapp", "flower-superexec", "flower-superlink", "client.supernode"):
         if mark in words:
-            return mark.split("-")[1]
+            return mark.replace(".", "-").split("-")[1]
     return "proxy" if "server" in words else "other"
 
 

@@ -113,7 +113,7 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
         raise LinkError("; ".join(found) + ".")
     link.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     configure(link)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     child = None
     try:
         with open(link.state / "superlink.log", "ab") as log:
@@ -150,10 +150,6 @@ def bound_to_this_process() -> Callable[[], None] | None:
             os._exit(1)
 
     return bind
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 async def _serve(
