@@ -9,6 +9,7 @@ Not covered: limiting how often one address may call; put a firewall in front fo
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from email.utils import formatdate
@@ -38,7 +39,7 @@ CALLS = frozenset(
     )
 )
 MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; arrays come in chunks of 128 KiB
-BODY_SECONDS = 60.0  # longest wait for the next piece of a body: a clinic's line may be slow, not silent
+BODY_SECONDS = 60.0  # longest wait for the next piece each way: a clinic's line may be slow, not silent
 CONNECTIONS = 64  # open connections at once: with MAX_BODY half a gigabyte at the very worst
 _HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
@@ -204,6 +205,12 @@ def server(app: FleetProxy, host: str, port: int, certificate: Path, key: Path) 
 
     class Server(uvicorn.Server):
         """Leaves signals to whoever runs it, who has the SuperLink to stop as well."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """As ever; and a line that goes dead within an answer holds its place for a minute, not fifteen."""
+            await super().startup(sockets)
+            for one in (one for listening in self.servers for one in listening.sockets):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * BODY_SECONDS))
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -146,6 +147,30 @@ def test_old_tls_and_plain_text_are_refused(tmp_path: Path) -> None:
         assert upstream.seen == []
 
     through(tmp_path, talk)
+
+
+def test_a_line_that_goes_dead_does_not_hold_its_place_for_long(tmp_path: Path) -> None:
+    certs.make(tmp_path / "c", [])
+    app = proxy.FleetProxy("https://127.0.0.1:1", tmp_path / "c/ca.crt")
+    port = free_ports(1)[0]
+    front = proxy.server(app, "127.0.0.1", port, tmp_path / "c/server.pem", tmp_path / "c/server.key")
+
+    async def main() -> int:
+        task = asyncio.create_task(front._serve())
+        while not front.started:
+            await asyncio.sleep(0.01)
+        context = ssl.create_default_context(cafile=str(tmp_path / "c/ca.crt"))
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        while not front.server_state.connections:
+            await asyncio.sleep(0.01)
+        accepted = next(iter(front.server_state.connections)).transport.get_extra_info("socket")
+        found = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        writer.close()
+        front.should_exit = True
+        await task
+        return found
+
+    assert asyncio.run(main()) == 1000 * proxy.BODY_SECONDS
 
 
 def test_the_list_of_calls_is_flowers_own() -> None:
