@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -76,9 +75,7 @@ class Local:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _start(self) -> None:
@@ -117,9 +114,8 @@ class Local:
         chosen = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
         command = program("server", "rounds", *self._places(), "--json", *chosen)
         events, other = [], []
-        with subprocess.Popen(
-            command, env=self._environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as child:
+        env, pipe = self._environment(), subprocess.PIPE
+        with subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT) as child:
             for line in child.stdout or ():
                 try:
                     events.append(json.loads(line))
