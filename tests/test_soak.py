@@ -117,8 +117,8 @@ def test_a_killed_server_comes_back_and_leaves_no_process(tmp_path: Path) -> Non
     """The proxy dies in the middle of a round, and with it all that it had started; the round is done again."""
     work = tmp_path / "work"
     work.mkdir()
-    with Town(work, rounds=4) as town:
-        outcome = kills.kill(town, Case("server", "kill", 1, 0.5))
+    with Town(work, rounds=2) as town:
+        outcome = kills.kill(town, Case("server", "kill", 1, 0.3))
         pids = [child.pid for child in town.deployment().processes.values()]
     assert outcome.survived and outcome.repeated <= 1 and outcome.recovery is not None
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

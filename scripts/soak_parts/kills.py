@@ -36,20 +36,7 @@ def at_the_server(town: Town, case: Case) -> Outcome:
     held = holdings(town)
     into_a_round(now, case.share * town.usual["quick"]["round"])
     killed = time.monotonic()
-    former = None
-    if case.fault == "serverapp":
-        _kill(now.wait("a ServerApp", PATIENCE, lambda: now.find("serverapp")))
-        if case.number % TOLD == 1:
-            now.wait("the end of `afya-server rounds`", PATIENCE, lambda: now.processes["rounds"].poll())
-        now.leave("rounds")
-    else:
-        rest, former = family(now.processes["server"].pid), now.find("serverapp")
-        target = now.find("superlink") if case.fault == "superlink" else rest[0]
-        if target is None:
-            raise NotSurvived("there was no SuperLink to kill")
-        _kill(target)
-        # A ServerApp that cannot reach its SuperLink is ending, but may wait for it until it is back.
-        now.restart_server([process for process in rest if process not in (target, former)])
+    former = _strike(now, case)
     number = running(now, len(now.look()))
     now.sound(number - 1)
     place = len(now.look())
@@ -68,6 +55,24 @@ def at_the_server(town: Town, case: Case) -> Outcome:
     return Outcome(True, _words(repeated), recovery, repeated, {"at": round(case.share, 3)})
 
 
+def _strike(now: Deployment, case: Case) -> psutil.Process | None:
+    """Kill, and start again what systemd starts; the ServerApp that may still be there."""
+    if case.fault == "serverapp":
+        _kill(now.wait("a ServerApp", PATIENCE, lambda: now.find("serverapp")))
+        if case.number % TOLD == 1:
+            now.wait("the end of `afya-server rounds`", PATIENCE, lambda: now.processes["rounds"].poll())
+        now.leave("rounds")
+        return None
+    rest, former = family(now.processes["server"].pid), now.find("serverapp")
+    target = now.find("superlink") if case.fault == "superlink" else rest[0]
+    if target is None:
+        raise NotSurvived("there was no SuperLink to kill")
+    _kill(target)
+    # A ServerApp that cannot reach its SuperLink is ending, but may wait for it until it is back.
+    now.restart_server([process for process in rest if process not in (target, former)])
+    return former
+
+
 def _words(repeated: int) -> str:
     return "the round was done again, bit for bit the same" if repeated else "nothing was lost"
 
@@ -76,14 +81,15 @@ def at_a_clinic(town: Town, case: Case) -> Outcome:
     """Kill north's SuperNode (and start it again) or its ClientApp (which nobody starts again)."""
     trains, deadline = ("quick" if case.fault == "supernode" else "train"), DEADLINES[case.fault]
     now = town.ready(case.fault, trains, {"min-clinics": 1, "round-deadline": deadline})
-    held, usual = holdings(town), town.usual[trains]
+    held, usual, former = holdings(town), town.usual[trains], None
     if case.fault == "supernode":
         place = into_a_round(now, case.share * usual["round"])
-        rest = family(now.processes[VICTIM].pid)
+        rest, former = family(now.processes[VICTIM].pid), now.find("clientapp", VICTIM)
         _kill(rest[0])
         killed = time.monotonic()
         now.processes[VICTIM].wait()
-        now.rejoin(VICTIM, rest[1:])
+        # A ClientApp that was just starting may wait for its SuperNode until one is back, and then ends.
+        now.rejoin(VICTIM, [process for process in rest[1:] if process != former])
     else:
         place = _kill_the_training(now, case.share * usual["clientapp"])
         killed = time.monotonic()
@@ -94,6 +100,8 @@ def at_a_clinic(town: Town, case: Case) -> Outcome:
     recovery = time.monotonic() - killed
     now.sound(number)
     unharmed(town, held)
+    if former is not None and gone([former], PATIENCE):
+        raise NotSurvived("the killed SuperNode's ClientApp goes on beside the new one")
     words = f"the others' round ended without it ({reason})" if reason else "its reply of the same round counted"
     return Outcome(True, words, recovery, 0, {"at": round(case.share, 3), "round_seconds": others["seconds"]})
 
