@@ -83,10 +83,10 @@ def at_a_clinic(town: Town, case: Case) -> Outcome:
     now = town.ready(case.fault, trains, {"min-clinics": 1, "round-deadline": deadline})
     held, usual, former = holdings(town), town.usual[trains], None
     if case.fault == "supernode":
-        place = into_a_round(now, case.share * usual["round"])
+        into_a_round(now, case.share * usual["round"])
         rest, former = family(now.processes[VICTIM].pid), now.find("clientapp", VICTIM)
         _kill(rest[0])
-        killed = time.monotonic()
+        killed, place = time.monotonic(), len(now.look()) - 1
         now.processes[VICTIM].wait()
         # A ClientApp that was just starting may wait for its SuperNode until one is back, and then ends.
         now.rejoin(VICTIM, [process for process in rest[1:] if process != former])
@@ -96,14 +96,20 @@ def at_a_clinic(town: Town, case: Case) -> Outcome:
     number = running(now, place)
     others = now.wait(f"the end of round {number} by its deadline", deadline + SLACK, lambda: done(now, number))
     reason = next((e["reason"] for e in now.seen if e["event"] == "rejected" and e["round"] == number), "")
-    now.wait("a reply of the clinic that counts", PATIENCE, lambda: counts(now, place, VICTIM))
+    now.wait("a later reply of the clinic that counts", PATIENCE, lambda: counts(now, place + 1, VICTIM))
     recovery = time.monotonic() - killed
     now.sound(number)
     unharmed(town, held)
     if former is not None and gone([former], PATIENCE):
         raise NotSurvived("the killed SuperNode's ClientApp goes on beside the new one")
-    words = f"the others' round ended without it ({reason})" if reason else "its reply of the same round counted"
+    came = any(e["event"] == "accepted" and e["clinic"] == VICTIM for e in _of(now.seen[: place + 1], number))
+    words = "its reply had come already" if came else "its reply of the same round still counted"
+    words = f"the others' round ended without it ({reason})" if reason else words
     return Outcome(True, words, recovery, 0, {"at": round(case.share, 3), "round_seconds": others["seconds"]})
+
+
+def _of(events: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("round") == number]
 
 
 def _kill_the_training(now: Deployment, after: float) -> int:
@@ -111,7 +117,7 @@ def _kill_the_training(now: Deployment, after: float) -> int:
     for _ in range(5):
         process = _training(now, now.seen[into_a_round(now, 0.0)])
         time.sleep(max(0.0, process.create_time() + after - time.time()))
-        place = len(now.look())
+        place = len(now.look()) - 1
         try:
             _kill(process)
             return place
