@@ -19,7 +19,7 @@ import numpy as np
 from model.llava import ModelError
 
 _STEP = 64  # the cache grows by so many positions
-_CHUNK = 128  # positions of a prompt that are run together: bounds the memory of the activations
+_CHUNK = 64  # positions of a prompt that are run together: bounds the memory of the activations
 _SILENT = 4  # ONNX Runtime's log level "fatal": what matters is raised
 
 

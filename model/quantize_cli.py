@@ -19,16 +19,16 @@ _MIB = 2**20
 @click.argument("model", type=_FILE)
 @click.option("--backend", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True)
 @click.option("--bits", type=click.Choice(["8", "4"]), default="4", show_default=True, help="Bits per decoder weight.")
-@click.option("--block", type=click.Choice(["32", "64", "128", "256"]), default="128", show_default=True,
+@click.option("--block", type=click.Choice(["32", "64", "128", "256"]), show_default="256 at 4 bits, 128 at 8",
               help="Weights that share a scale (onnx): more are faster, fewer more accurate.")  # fmt: skip
 @click.option("--out", required=True, type=_FILE, help="Folder to write; an unfinished one is continued.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def quantize(model: Path, backend: str, bits: str, block: str, out: Path, as_json: bool) -> None:
+def quantize(model: Path, backend: str, bits: str, block: str | None, out: Path, as_json: bool) -> None:
     """Quantize the MODEL folder and write weights, tokenizer and a manifest with sizes and hashes."""
     from model.llava import ModelError
 
     try:
-        manifest = _run(model, backend, int(bits), int(block), out, not as_json)
+        manifest = _run(model, backend, int(bits), int(block) if block else None, out, not as_json)
     except ModelError as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
@@ -42,7 +42,7 @@ def quantize(model: Path, backend: str, bits: str, block: str, out: Path, as_jso
     click.echo(f"{total / _MIB:9.1f} MiB  in {out}: {manifest['parameters']:,} parameters at {bits} bits")
 
 
-def _run(model: Path, backend: str, bits: int, block: int, out: Path, shown: bool) -> dict[str, Any]:
+def _run(model: Path, backend: str, bits: int, block: int | None, out: Path, shown: bool) -> dict[str, Any]:
     if backend == "torch":
         from model import quantized_torch
 

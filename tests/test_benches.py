@@ -1,13 +1,16 @@
 """The parts of the benches that compute and print; what they measure is run by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
-from scripts.benches import aggregation, edge, edge_gpu, simulation
+from model import adapters, phantoms, wire
+from scripts.benches import aggregation, edge, edge_gpu, simulation, slake, slake_case
 
 
 def test_divergence_is_zero_for_equal_logits_and_known_for_two() -> None:
@@ -53,3 +56,39 @@ def test_an_aggregation_case_at_true_size(tmp_path: Path) -> None:
     assert found["relative_error"] < 1e-6
     assert 0.4 < found["up"] / found["down"] < 0.6
     assert "| alternating | 3 |" in aggregation.table({"preset": "x", "rank": 1, "cases": [found]})
+
+
+def test_the_share_of_what_pooling_gains_is_known_for_a_known_case() -> None:
+    groups = [str(n // 4) for n in range(400)]
+    pooled = np.array([0.0, 0.0, 0.0, 1.0] * 100)
+    found = slake.share(pooled * 0.8, pooled, groups)
+    assert found["points"] == pytest.approx(20.0) and found["share"] == pytest.approx(0.8)
+    assert found["share_low"] == pytest.approx(0.8) and found["share_high"] == pytest.approx(0.8), "every image alike"
+    nothing = slake.share(pooled * 0, pooled * 0.01, groups)
+    assert nothing["share"] is None, "a share of a quarter of a point means nothing"
+
+
+def test_every_case_of_the_slake_study_has_a_name_of_its_own(tmp_path: Path) -> None:
+    wanted = list(slake.cases(tmp_path, tmp_path, tmp_path, 2, {}))
+    names = [case.name for case in wanted]
+    assert len(names) == len(set(names)) == 1 + 2 * (1 + 2 * (4 + 3))
+    assert names[:3] == ["none", "pooled-1", "alternating-modality-1"] and "local-head-organ-2" in names
+    assert not any(slake.done(case) for case in wanted)
+    (tmp_path / "cases").mkdir()
+    Path(wanted[1].out).write_text('{"settings": {"rounds": 3}}', encoding="utf-8")
+    with pytest.raises(click.ClickException, match="other settings"):
+        slake.done(wanted[1])
+
+
+def test_a_federated_case_of_the_slake_study_moves_both_factors(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**slake.SETTINGS, "targets": "decoder", "rank": 2, "batch": 4, "rounds": 2, "steps": 2}
+    drawn = phantoms.make(3, ["plain"], seed=1, size=48)
+    kinds = dict(zip(sorted({row.group for row in drawn}), ("CT", "MRI", "X-Ray"), strict=True))
+    samples = [replace(row, meta={**row.meta, "modality": kinds[row.group]}) for row in drawn]
+    case = slake_case.Case("alternating", "modality", 1, str(tiny), "", str(tmp_path / "x.json"), settings)
+    state, facts = slake_case.train(case, samples)
+    start = wire.rounded(adapters.initial(tiny, 2, 16.0, "decoder", 1))
+    assert all(not np.array_equal(state[name], start[name]) for name in state)
+    assert 2 * facts["bytes_up"] == pytest.approx(wire.packed_bytes(start), rel=0.5) and facts["distance"] < 1e-5

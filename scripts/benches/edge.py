@@ -2,7 +2,7 @@
 
 Random weights at a preset's true size: speed and memory do not depend on the values. Each case runs in a process of its
 own; figures are medians over the pairs. Accuracy is the divergence (KL) of the last token's probabilities from those of
-float32 weights, mean over the prompts, for both engines. llama.cpp comes from its Python package, in an environment
+float32 weights, mean over prompts that are short, so that there can be many, for both engines. llama.cpp comes from its Python package, in an environment
 that this script makes beside the results.
 """
 
@@ -26,6 +26,7 @@ _KERNELS = {
     "avx512vbmi": "GGML_AVX512_VBMI", "avx512_vnni": "GGML_AVX512_VNNI", "avx512_bf16": "GGML_AVX512_BF16",
 }  # fmt: skip
 _PROMPT = 793  # tokens: a SigLIP picture (729) and 64 of text
+_SHORT = 128  # tokens of a prompt that accuracy is compared on
 
 
 @click.command()
@@ -33,9 +34,9 @@ _PROMPT = 793  # tokens: a SigLIP picture (729) and 64 of text
 @click.option("--gpu", is_flag=True, help="The rows of a GPU instead (scripts.benches.edge_gpu); needs 40 GB of disk.")
 @click.option("--preset", default="tinyllava-1.5b", show_default=True)
 @click.option("--pairs", default=5, show_default=True, help="Times that each engine runs.")
-@click.option("--prompts", default=3, show_default=True, help="Prompts over which accuracy is compared.")
+@click.option("--prompts", default=32, show_default=True, help="Short prompts over which accuracy is compared.")
 @click.option("--new", default=64, show_default=True, help="Tokens of an answer.")
-@click.option("--block", type=click.Choice(["32", "64", "128", "256"]), default="128", show_default=True)
+@click.option("--block", type=click.Choice(["32", "64", "128", "256"]), help="[default: as `quantize` chooses]")
 @click.option("--bits", type=click.Choice(["4", "8"]), multiple=True, default=("4", "8"), show_default=True)
 @click.option("--peer-python", type=_PATH, help="Python with llama-cpp-python and gguf [default: one is made].")
 @click.option("--whole/--decoder-only", default=True, help="Also the whole model, picture to first token.")
@@ -64,11 +65,11 @@ def measure(place: Path, out: Path, preset: str, pairs: int, prompts: int, new: 
     peer = options["peer_python"] or _environment(place)
     if not (place / "model/config.json").is_file():
         random_model.write(preset, None, place / "model")
-    ids = np.random.default_rng(0).integers(3, 2000, (prompts, _PROMPT))
-    np.save(place / "prompts.npy", ids)
+    for name, shape in (("prompts", (1, _PROMPT)), ("short", (prompts, _SHORT))):
+        np.save(place / f"{name}.npy", np.random.default_rng(0).integers(3, 2000, shape))
     report: dict[str, Any] = {"preset": preset, "block": options["block"], "new": new, "decoder": {}, "whole": {}}
     _peer(peer, "--convert", place / "model", "--out", place)
-    _ours("reference", place / "model", "--prompts", place / "prompts.npy", "--logits", place / "fp32.npy")
+    _ours("reference", place / "model", "--prompts", place / "short.npy", "--logits", place / "fp32.npy")
     for bits in options["bits"]:
         _quantized(place, bits, options["block"])
         report["decoder"][bits] = _decoder(place, peer, bits, pairs, new)
@@ -88,11 +89,11 @@ def _trained(place: Path, options: dict[str, Any], pairs: int) -> dict[str, Any]
     from scripts.benches import edge_accuracy
 
     model = options["trained"] or reference_path()
-    found = edge_accuracy.measure(model, options["data"], options["images"], int(options["block"]), place)
+    found = edge_accuracy.measure(model, options["data"], options["images"], options["block"], place)
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(pairs):
         for bits in (8, 4):
-            folder = edge_accuracy.quantized(model, bits, int(options["block"]), place)
+            folder = edge_accuracy.quantized(model, bits, options["block"], place)
             runs.setdefault(f"onnx, {bits} bits", []).append(_ours("whole", folder, "--new", 16))
             runs.setdefault(f"torch, {bits} bits", []).append(_ours("whole", model, "--bits", bits, "--new", 16))
     return {"accuracy": found, "trained": {name: medians(done) for name, done in runs.items()} | {"runs": runs}}
@@ -100,10 +101,11 @@ def _trained(place: Path, options: dict[str, Any], pairs: int) -> dict[str, Any]
 
 def _decoder(place: Path, peer: Path, bits: str, pairs: int, new: int) -> dict[str, Any]:
     """Both engines in turn on the decoder alone, and how far each is from float32."""
-    ours = ["decoder", place / f"onnx{bits}", "--prompts", place / "prompts.npy", "--new", new]
-    theirs = ["--run", place / f"{_PEERS[bits]}.gguf", "--prompts", place / "prompts.npy", "--new", new]
-    _ours(*ours, "--logits", place / "ours.npy")
-    _peer(peer, *theirs, "--logits", place / "theirs.npy")
+    ours = ["decoder", place / f"onnx{bits}", "--new", new, "--prompts"]
+    theirs = ["--run", place / f"{_PEERS[bits]}.gguf", "--new", new, "--prompts"]
+    _ours(*ours, place / "short.npy", "--logits", place / "ours.npy")
+    _peer(peer, *theirs, place / "short.npy", "--logits", place / "theirs.npy")
+    ours, theirs = [*ours, place / "prompts.npy"], [*theirs, place / "prompts.npy"]
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "llama.cpp": []}
     for _ in range(pairs):
         runs["ours"].append(_ours(*ours))
@@ -144,9 +146,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted
 
 
-def _quantized(place: Path, bits: str, block: str) -> None:
+def _quantized(place: Path, bits: str, block: str | None) -> None:
     command = [sys.executable, "-c", "from model.cli import main; main()", "quantize", str(place / "model")]
-    command += ["--backend", "onnx", "--bits", bits, "--block", block, "--out", str(place / f"onnx{bits}")]
+    command += ["--backend", "onnx", "--bits", bits, "--out", str(place / f"onnx{bits}")]
+    command += ["--block", block] if block else []
     if subprocess.run(command, check=False).returncode:
         raise click.ClickException(f"The model could not be quantized to {bits} bits.")
 

@@ -12,7 +12,7 @@ from model import evaluate, quantize
 ROWS = (("torch", 32), ("torch", 8), ("torch", 4), ("onnx", 8), ("onnx", 4))
 
 
-def measure(model: Path, data: Path, images: Path | None, block: int, place: Path) -> dict[str, Any]:
+def measure(model: Path, data: Path, images: Path | None, block: str | None, place: Path) -> dict[str, Any]:
     """Percent right with its interval for each row, and the flips against float32."""
     found: dict[str, Any] = {}
     exact = place / "accuracy-torch32" / evaluate.ANSWERS
@@ -27,11 +27,11 @@ def measure(model: Path, data: Path, images: Path | None, block: int, place: Pat
     return found
 
 
-def quantized(model: Path, bits: int, block: int, place: Path) -> Path:
+def quantized(model: Path, bits: int, block: str | None, place: Path) -> Path:
     """The model as ONNX graphs; made once."""
     out = place / f"trained-onnx{bits}"
     if not out.exists():
-        quantize.quantize(model, out, quantize.plan(bits, block))
+        quantize.quantize(model, out, quantize.plan(bits, int(block) if block else None))
     return out
 
 

@@ -51,13 +51,9 @@ def phantom_clinics(plan: Plan) -> list[ClinicData]:
 
 def slake_clinics(plan: Plan) -> tuple[list[ClinicData], list[str]]:
     """SLAKE by modality: training on en_train images held out from the base, sealed sets from en_validate."""
-    folder = plan.data
-    assert folder is not None
-    fraction, seed, remarks = _held_out(plan.base)
-    rows = data.read(folder / "en_train.json", folder / "imgs")
-    sealed = data.read(folder / "en_validate.json", folder / "imgs")
-    hidden = {row.group for row in sealed}
-    _, held = data.split_by_group([row for row in rows if row.group not in hidden], fraction, seed)
+    assert plan.data is not None
+    held, sealed = held_out_rows(plan.base, plan.data)
+    remarks = _held_out(plan.base)[2]
     found = []
     for name, modality in MODALITIES.items():
         mine = [row for row in held if row.meta.get("modality") == modality]
@@ -65,6 +61,16 @@ def slake_clinics(plan: Plan) -> tuple[list[ClinicData], list[str]]:
         count = len({row.group for row in mine})
         found.append(ClinicData(name, f"{modality}: {count} images of SLAKE the base has not seen", mine, test))
     return found, remarks
+
+
+def held_out_rows(base: Path, folder: Path) -> tuple[list[Sample], list[Sample]]:
+    """Rows of SLAKE's en_train on images that `base` was not trained on, and the rows of en_validate."""
+    fraction, seed, _ = _held_out(base)
+    rows = data.read(folder / "en_train.json", folder / "imgs")
+    sealed = data.read(folder / "en_validate.json", folder / "imgs")
+    hidden = {row.group for row in sealed}
+    _, held = data.split_by_group([row for row in rows if row.group not in hidden], fraction, seed)
+    return held, sealed
 
 
 def _held_out(base: Path) -> tuple[float, int, list[str]]:

@@ -156,7 +156,7 @@ def test_reliance_is_that_of_the_torch_backend(tiny: Path, folder: Path) -> None
 def test_the_reason_says_what_really_runs(four: Path) -> None:
     backend = OnnxBackend(four, device="cpu", threads=1)
     assert backend.reason == (
-        "CPU was asked for; ONNX Runtime runs on CPU with 1 threads; int4 in blocks of 128 weights, int8 vision."
+        "CPU was asked for; ONNX Runtime runs on CPU with 1 threads; int4 in blocks of 256 weights, int8 vision."
     )
     assert backend.static_bytes > 0 and backend.loaded.bits == 4
 

@@ -1,0 +1,155 @@
+"""One case of `scripts/bench slake` in a process of its own: trains an adapter as asked and answers the test questions.
+
+    python -m scripts.benches.slake_case CASE.json
+
+The clinics' own trainer and the server's own aggregation, values rounded as on the wire, without the link between
+them (`scripts/demo` has that). Writes what was answered right into the file that the case names.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.data import Sample
+
+BATCH = 48  # questions answered together
+LONGEST = 24  # tokens of an answer
+MODALITY = {"ct": ("CT",), "mri": ("MRI",), "xray": ("X-Ray",)}
+ORGAN = {
+    "chest": ("Lung", "Chest_lung", "Chest_heart", "Chest_mediastinal"),
+    "abdomen": ("Abdomen", "Pelvic Cavity"),
+    "head": ("Brain", "Brain_Tissue", "Brain_Face", "Neck"),
+}  # SLAKE's names of places in the body
+SPLITS: dict[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
+    "modality": ("modality", MODALITY),
+    "organ": ("location", ORGAN),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`what`: "none", "pooled", "local CLINIC" or an aggregation. `tune` tests on a part of the training images."""
+
+    what: str
+    split: str
+    seed: int
+    base: str
+    data: str
+    out: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    tune: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in the report and as a file."""
+        if self.what == "none":
+            return "none"
+        return (
+            f"pooled-{self.seed}"
+            if self.what == "pooled"
+            else f"{self.what}-{self.split}-{self.seed}".replace(" ", "-")
+        )
+
+
+def rows(case: Case) -> tuple[list[Sample], list[Sample]]:
+    """Rows of the images that the base has not seen, and the test rows. Raises DataError, DemoFailed."""
+    from model import data
+    from scripts.demo_parts.clinics import held_out_rows
+
+    train, test = held_out_rows(Path(case.base), Path(case.data))
+    return data.split_by_group(train, 0.2, 3) if case.tune else (train, test)
+
+
+def clinic_of(sample: Sample, split: str) -> str:
+    """The clinic that has this row; every row has one."""
+    key, clinics = SPLITS[split]
+    return next(name for name, values in clinics.items() if sample.meta.get(key) in values)
+
+
+def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
+    """The adapter that the case asks for, and how much a clinic sent in a round."""
+    from model import adapters, wire
+
+    s = case.settings
+    state = adapters.initial(Path(case.base), s["rank"], s["alpha"], s["targets"], case.seed)
+    clinics: dict[str, list[Sample]] = {name: [] for name in SPLITS[case.split][1]}
+    for sample in samples:
+        clinics[clinic_of(sample, case.split)].append(sample)
+    if case.what == "pooled":
+        steps = s["rounds"] * s["steps"] * len(clinics)
+        return one(case, samples, state, "AB", steps, case.seed), {}
+    if case.what.startswith("local "):
+        mine = clinics[case.what.removeprefix("local ")]
+        return one(case, mine, state, "AB", s["rounds"] * s["steps"], case.seed), {}
+    return federate(case, clinics, wire.rounded(state))
+
+
+def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) -> tuple[Any, dict[str, Any]]:
+    """Rounds of the case's aggregation; patients are counted, shares are capped, as on the server."""
+    from model import adapters, wire
+    from server import aggregate
+    from server.strategy import shares
+
+    s, sent, errors = case.settings, [], []
+    weights = shares([len({sample.group for sample in mine}) for mine in clinics.values()])
+    for number in range(s["rounds"]):
+        state, replies = wire.rounded(state), []
+        factor = aggregate.factors_of_round(case.what, number)
+        for mine in clinics.values():
+            after = one(case, mine, state, factor, s["steps"], 1000 * case.seed + number)
+            replies.append(wire.rounded({n: a for n, a in after.items() if adapters.factor(n) in factor}))
+        combined, _ = aggregate.combine(case.what, state, replies, weights)
+        found = aggregate.fit(state, combined, replies, weights, s["alpha"] / s["rank"])[""]
+        errors.append(found.relative_error)
+        sent.append(wire.packed_bytes(replies[0], factor))
+        state = combined
+    return wire.rounded(state), {"bytes_up": sum(sent) / len(sent), "distance": sum(errors) / len(errors)}
+
+
+def one(case: Case, samples: Sequence[Sample], state: Any, factor: str, steps: int, seed: int) -> Any:
+    """Train the factors on these samples as a clinic does."""
+    from client import trainer
+
+    s = case.settings
+    options = {"lr": s["lr"], "batch": s["batch"], "alpha": s["alpha"], "mu": s["mu"], "bits": 4, "threads": 1}
+    return trainer.train(samples, Path(case.base), state, tuple(factor), steps, seed=seed, **options).state
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Train, answer, and say which questions were answered right."""
+    import torch
+
+    from model import adapters, evaluate, llava, metrics
+    from model.backends import TorchBackend
+
+    torch.set_num_threads(1)
+    start, (samples, test) = time.monotonic(), rows(case)
+    folder: Path | None = None
+    facts: dict[str, Any] = {}
+    if case.what != "none":
+        state, facts = train(case, samples)
+        folder = Path(case.out).with_suffix("") / "adapter"
+        adapters.save(
+            folder, state, adapters.spec_of(state, case.settings["alpha"], llava.base_sha256(Path(case.base)))
+        )
+    backend = TorchBackend(Path(case.base), 4, folder)
+    right: dict[str, bool] = {}
+    for finished in evaluate.answer_batches(backend, test, BATCH, max_new_tokens=LONGEST):
+        right |= {test[n].id: metrics.exact(found.text, test[n].answer) for n, found in finished}
+    return {**asdict(case), **facts, "right": right, "seconds": round(time.monotonic() - start, 1)}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do the case named on the command line."""
+    from model.files import write_atomic
+
+    case = Case(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+    write_atomic(Path(case.out), (json.dumps(run(case)) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
