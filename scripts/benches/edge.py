@@ -2,8 +2,8 @@
 
 Random weights at a preset's true size: speed and memory do not depend on the values. Each case runs in a process of its
 own; figures are medians over the pairs. Accuracy is the divergence (KL) of the last token's probabilities from those of
-float32 weights, mean over prompts that are short, so that there can be many, for both engines. llama.cpp comes from its Python package, in an environment
-that this script makes beside the results.
+float32 weights, mean over prompts that are short, so that there can be many, for both engines. llama.cpp comes from its
+Python package, in an environment that this script makes beside the results.
 """
 
 import json
