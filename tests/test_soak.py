@@ -122,5 +122,5 @@ def test_a_killed_server_comes_back_and_leaves_no_process(tmp_path: Path) -> Non
         pids = [child.pid for child in town.deployment().processes.values()]
     assert outcome.survived and outcome.repeated <= 1 and outcome.recovery is not None
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    events = [json.loads(line) for line in next(work.glob("deployment-1/rounds-1/events.jsonl")).open()]
-    assert [event["event"] for event in events].count("resumed") == 2
+    lines = (work / "deployment-1/rounds-1/events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines].count("resumed") == 2

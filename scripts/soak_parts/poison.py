@@ -19,13 +19,13 @@ LIAR = LATER[0]
 
 def lie(town: Town, case: Case) -> Outcome:
     """One round in which the liar tells one lie. Raises NotSurvived with the reason."""
-    deployment = town.deployment()
-    if LIAR not in deployment.processes:
-        deployment.join(LIAR)
-        deployment.wait("the liar's SuperNode", PATIENCE, lambda: True if deployment.is_there(LIAR) else None)
     settings = {"min-clinics": len(HONEST), "round-deadline": PATIENCE}
     anew = case.kind in PASSING  # a lie that counts changes every later round
     now = town.ready("poison", "quick", settings, compared=True, anew=anew)
+    if LIAR not in now.processes:  # after the undisturbed run, which knows no liar
+        now.join(LIAR)
+        now.wait("the liar's SuperNode", PATIENCE, lambda: True if now.is_there(LIAR) else None)
+        now = town.ready("poison", "quick", settings, compared=True, anew=True)
     town.behave(LIAR, case.kind)
     place = kills.into_a_round(now, 0.0)
     number = kills.running(now, place)
