@@ -1,6 +1,5 @@
-"""The soak's schedule, report and table, what its lies do to a message, and two real cases; the rest is run by hand."""
+"""The soak's schedule, report and table, its lies, and a real server that is killed; the rest is run by hand."""
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from scripts.soak_parts import kills, main
-from scripts.soak_parts.deployment import NotSurvived, fingerprint
+from scripts.federation import family
+from scripts.soak_parts import impostors, main
+from scripts.soak_parts.deployment import Deployment, NotSurvived, fingerprint
 from scripts.soak_parts.lies import LIES, PASSING
 from scripts.soak_parts.report import Outcome, Report, table
 from scripts.soak_parts.schedule import FAULTS, KILLS, LINES, Case, moments, plan
@@ -112,15 +112,13 @@ def test_a_lie_is_another_reply_than_the_honest_one(name: str) -> None:
     assert not same and set(told) == {"arrays", "metrics"}
 
 
-@pytest.mark.slow
-def test_a_killed_server_comes_back_and_leaves_no_process(tmp_path: Path) -> None:
-    """The proxy dies in the middle of a round, and with it all that it had started; the round is done again."""
-    work = tmp_path / "work"
-    work.mkdir()
-    with Town(work, rounds=2) as town:
-        outcome = kills.kill(town, Case("server", "kill", 1, 0.3))
-        pids = [child.pid for child in town.deployment().processes.values()]
-    assert outcome.survived and outcome.repeated <= 1 and outcome.recovery is not None
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    lines = (work / "deployment-1/rounds-1/events.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["event"] for line in lines].count("resumed") == 2
+def test_a_killed_server_starts_again_and_leaves_no_process(tmp_path: Path) -> None:
+    """The proxy dies, and with it all that it had started; an impostor is refused before and after."""
+    with Deployment({}, (), {}, tmp_path / "out", tmp_path / "no-model") as now:
+        rest = family(now.processes["server"].pid)
+        assert impostors.TRICKS["the Control API"](now) == "all refused (403)"
+        rest[0].kill()
+        now.restart_server(rest[1:])
+        assert impostors.TRICKS["the Control API"](now) == "all refused (403)"
+        rest += family(now.processes["server"].pid)
+    assert len(rest) >= 6 and not any(process.is_running() for process in rest)

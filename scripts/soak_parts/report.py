@@ -44,7 +44,7 @@ class Report:
         found = json.loads(self.path.read_bytes())
         if not isinstance(found, dict) or not isinstance(found.get("cases"), dict):
             raise ValueError(f"{self.path} is no report of a soak; choose another --out.")
-        self.cases, self.facts = {**self.cases, **found["cases"]}, {**self.facts, **found.get("facts", {})}
+        self.cases, self.facts = found["cases"], found.get("facts", {})
 
     def has(self, key: str) -> bool:
         """Whether a case was done already, here or in an earlier run, and survived; one that was not is tried again."""
