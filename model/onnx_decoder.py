@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from model.onnx_graph import CONTRIB, Blocks, Graph
+from model.onnx_graph import CONTRIB, Graph
 from model.onnx_source import Source, Unsupported
 
 _KINDS = ("llama", "mistral")
@@ -72,12 +72,10 @@ def rotary(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def write(
-    graph: Graph, source: Source, shape: Shape, kinds: Mapping[str, Blocks], progress: Callable[[int], None]
-) -> None:
+def write(graph: Graph, source: Source, shape: Shape, bits: Mapping[str, int], progress: Callable[[int], None]) -> None:
     """Fill `graph` with the decoder, one layer in memory at a time; `progress` gets the parameters done.
 
-    `kinds` gives bits and block of the linear layers that have not the graph's: "head" (`lm_head`), "q", "k", "v", "o".
+    `bits` names the linear layers that do not have the graph's bits: "head" (`lm_head`), "q", "k", "v", "o".
     """
     x = graph.input("inputs_embeds", "float32", ["rows", "new", shape.hidden])
     for name, kind, sizes in (("lengths", "int32", ["rows"]), ("total", "int32", [1]), ("places", "int64", ["places"])):
@@ -92,38 +90,38 @@ def write(
     gain = graph.constant("layers.0.norm1", source.numpy("text.layers.0.input_layernorm.weight"))
     h = graph.node("SimplifiedLayerNormalization", x, gain, axis=-1, epsilon=shape.eps)
     for number in range(shape.layers):
-        h, x = _layer(graph, source, shape, kinds, number, h, x, outer)
+        h, x = _layer(graph, source, shape, bits, number, h, x, outer)
         progress(source.taken())
     graph.output("logits", "float32", ["places", shape.vocabulary])
     name = "lm_head.weight" if source.has("lm_head.weight") else "text.embed_tokens.weight"
-    _head(graph, h, source.torch(name), kinds.get("head"))
+    _head(graph, h, source.torch(name), bits.get("head"))
     progress(source.taken())
 
 
-def _head(graph: Graph, h: str, weight: Any, how: Blocks | None) -> None:
+def _head(graph: Graph, h: str, weight: Any, bits: int | None) -> None:
     """The logits, in parts: while a graph is loaded its largest weight is in memory twice."""
     parts = [
-        graph.linear(h, f"lm_head.{number}", weight[start : start + _HEAD_ROWS], how=how)
+        graph.linear(h, f"lm_head.{number}", weight[start : start + _HEAD_ROWS], bits=bits)
         for number, start in enumerate(range(0, len(weight), _HEAD_ROWS))
     ]
     graph.node("Concat", *parts, outputs=["logits"], axis=-1)
 
 
 def _layer(
-    graph: Graph, source: Source, shape: Shape, kinds: Mapping[str, Blocks], number: int, h: str, x: str, outer: str
+    graph: Graph, source: Source, shape: Shape, bits: Mapping[str, int], number: int, h: str, x: str, outer: str
 ) -> tuple[str, str]:
     """One decoder layer: the next layer's normed input and the residual."""
     old, new = f"text.layers.{number}.", f"layers.{number}."
     parts = []
     for part in "qkv":
         pair = source.pair(f"{old}self_attn.{part}_proj")
-        y = graph.linear(h, f"{new}{part}", *pair, how=kinds.get(part), lora=True)
+        y = graph.linear(h, f"{new}{part}", *pair, bits=bits.get(part), lora=True)
         parts.append(graph.node("Reshape", y, outer))
     flat = graph.node("Reshape", _attention(graph, shape, number, parts), "flat_heads")
     last = number + 1 == shape.layers
     if last:  # behind its keys and values, the last layer is computed for the wanted positions alone
         flat, x = (graph.node("Gather", every, "places", axis=0) for every in (flat, x))
-    o = graph.linear(flat, f"{new}o", *source.pair(f"{old}self_attn.o_proj"), how=kinds.get("o"), lora=True)
+    o = graph.linear(flat, f"{new}o", *source.pair(f"{old}self_attn.o_proj"), bits=bits.get("o"), lora=True)
     gain = graph.constant(f"{new}norm2", source.numpy(f"{old}post_attention_layernorm.weight"))
     h, x = _normed(graph, shape, x, o, gain)
     gate = graph.linear(h, f"{new}gate", *source.pair(f"{old}mlp.gate_proj"), lora=True)

@@ -17,8 +17,6 @@ OPSET, IR_VERSION, ALIGNMENT = 21, 10, 4096  # the runtime maps initializers tha
 CONTRIB = "com.microsoft"
 _KINDS = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7}  # onnx.TensorProto's element types
 
-Blocks = tuple[int, int]  # bits of a weight, and how many neighbouring inputs share a scale
-
 
 class Graph:
     """An ONNX model being written to `folder`/`name`.onnx and `name`.onnx.data; `save` finishes it."""
@@ -79,13 +77,10 @@ class Graph:
         return name
 
     def linear(
-        self, x: str, name: str, weight: Any, bias: Any = None, *, how: Blocks | None = None, lora: bool = False
+        self, x: str, name: str, weight: Any, bias: Any = None, *, bits: int | None = None, lora: bool = False
     ) -> str:
-        """`x` (..., in) times `weight` (out, in; torch) plus `bias`; with `lora` plus x A B from inputs.
-
-        `how` are the bits and the block of this layer, where they are not the graph's.
-        """
-        bits, block = how or (self.bits, self.block)
+        """`x` (..., in) times `weight` (out, in; torch) plus `bias`; with `lora` plus x A B from inputs."""
+        bits = bits or self.bits
         out_features, in_features = (int(side) for side in weight.shape)
         plain = None if bias is None else self.constant(f"{name}.bias", _numpy(bias))
         if bits == 32:
@@ -94,10 +89,10 @@ class Graph:
         else:
             from model.onnx_weights import pack
 
-            stored = zip(("packed", "scales", "zeros"), pack(weight, bits, block), strict=True)
+            stored = zip(("packed", "scales", "zeros"), pack(weight, bits, self.block), strict=True)
             inputs = [x, *("" if array is None else self.constant(f"{name}.{part}", array) for part, array in stored)]
             inputs += [] if plain is None else ["", plain]
-            sizes = {"K": in_features, "N": out_features, "bits": bits, "block_size": block}
+            sizes = {"K": in_features, "N": out_features, "bits": bits, "block_size": self.block}
             y = self.node("MatMulNBits", *inputs, domain=CONTRIB, accuracy_level=4, **sizes)
         return self._adapted(x, y, name, in_features, out_features) if lora else y
 

@@ -2,9 +2,8 @@
 
 The copy is made in a hidden folder beside the target and renamed when it is complete; a run that was cut off goes on
 with the parts that are finished. Weights are read layer by layer. The vision graph, `lm_head` and the attention's k and
-v keep 8 bits where the rest of the decoder has 4: 7 % more bytes, half the error of the logits. At 8 bits the attention
-has short blocks for the same reason. Adapters are no part of it, they are given at run time. Not covered: calibration
-on data (none is used), graphs of other programs.
+v keep 8 bits where the rest of the decoder has 4: 7 % more bytes, half the error of the logits. Adapters are no part of
+it, they are given at run time. Not covered: calibration on data (none is used), graphs of other programs.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import numpy as np
 
 from model import files, llava, manifest, onnx_decoder, onnx_vision
 from model.llava import ModelError
-from model.onnx_graph import Blocks, Graph
+from model.onnx_graph import Graph
 from model.onnx_source import Source, config, end_ids
 
 BITS, BLOCKS = (4, 8, 32), (32, 64, 128, 256)
@@ -38,7 +37,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How to quantize: bits and block of the decoder; bits of vision, head, k and v; blocks of vision and attention."""
+    """How to quantize: bits and block of the decoder; bits of vision, head, k and v; block of vision."""
 
     bits: int
     block: int
@@ -46,18 +45,12 @@ class Plan:
     head_bits: int
     keys_bits: int
     vision_block: int
-    attention_block: int
-
-    def kinds(self) -> dict[str, Blocks]:
-        """Bits and block of the decoder's layers that are not like the rest (`onnx_decoder.write`)."""
-        keys, other = (self.keys_bits, self.attention_block), (self.bits, self.attention_block)
-        return {"head": (self.head_bits, self.block), "k": keys, "v": keys, "q": other, "o": other}
 
 
 def plan(bits: int, block: int | None = None) -> Plan:
     """A plan with its defaults; 32 bits quantize nothing. Raises ModelError for what is not offered."""
     inner, block = 32 if bits == 32 else 8, block or _BLOCK.get(bits, 128)
-    found = Plan(bits, block, inner, inner, inner, min(block, 128), min(block, 32) if bits == 8 else block)
+    found = Plan(bits, block, inner, inner, inner, min(block, 128))
     if bits not in BITS or block not in BLOCKS:
         raise ModelError(f"{bits} bits in blocks of {block} is not offered; bits are {BITS}, blocks {BLOCKS}.")
     return found
@@ -136,7 +129,8 @@ def _make(part: str, folder: Path, source: Source, settings: Any, shape: Any, ho
         if vision:
             onnx_vision.write(graph, source, settings, progress)
         else:
-            onnx_decoder.write(graph, source, shape, how.kinds(), progress)
+            bits = {"head": how.head_bits, "k": how.keys_bits, "v": how.keys_bits}
+            onnx_decoder.write(graph, source, shape, bits, progress)
     except BaseException:
         graph.abandon()
         raise
