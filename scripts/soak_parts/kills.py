@@ -91,7 +91,7 @@ def at_a_clinic(town: Town, case: Case) -> Outcome:
         # A ClientApp that was just starting may wait for its SuperNode until one is back, and then ends.
         now.rejoin(VICTIM, [process for process in rest[1:] if process != former])
     else:
-        place = _kill_the_training(now, case.share * usual["clientapp"])
+        place = _kill_the_training(now, case.share, usual)
         killed = time.monotonic()
     number = running(now, place)
     others = now.wait(f"the end of round {number} by its deadline", deadline + SLACK, lambda: done(now, number))
@@ -112,18 +112,30 @@ def _of(events: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
     return [event for event in events if event.get("round") == number]
 
 
-def _kill_the_training(now: Deployment, after: float) -> int:
-    """Kill north's ClientApp `after` seconds of its life; the place in the events then. A shorter one is let pass."""
+def _kill_the_training(now: Deployment, share: float, usual: dict[str, float]) -> int:
+    """Kill north's ClientApp at a share of its usual life; the place in the events before that.
+
+    One that ends earlier is let pass and tells what is usual now: how long it takes depends on what else runs.
+    """
     for _ in range(5):
         process = _training(now, now.seen[into_a_round(now, 0.0)])
-        time.sleep(max(0.0, process.create_time() + after - time.time()))
+        born = process.create_time()
+        while _lives(process) and time.time() < born + share * usual["clientapp"]:
+            time.sleep(0.02)
         place = len(now.look()) - 1
-        try:
+        if _lives(process):
             _kill(process)
             return place
-        except NotSurvived:
-            after *= 0.9
+        usual["clientapp"] = time.time() - born
     raise NotSurvived("no ClientApp lived long enough to be killed")
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended and is not yet fetched by its parent does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _training(now: Deployment, begun: dict[str, Any]) -> psutil.Process:
