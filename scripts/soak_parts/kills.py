@@ -90,19 +90,21 @@ def at_a_clinic(town: Town, case: Case) -> Outcome:
         now.processes[VICTIM].wait()
         # A ClientApp that was just starting may wait for its SuperNode until one is back, and then ends.
         now.rejoin(VICTIM, [process for process in rest[1:] if process != former])
+        now.wait("its SuperNode", PATIENCE, lambda: True if now.is_there(VICTIM) else None)
+        back = len(now.look())  # what counted before was sent before the kill
     else:
         place = _kill_the_training(now, case.share, usual)
-        killed = time.monotonic()
+        killed, back = time.monotonic(), place + 1
     number = running(now, place)
     others = now.wait(f"the end of round {number} by its deadline", deadline + SLACK, lambda: done(now, number))
     reason = next((e["reason"] for e in now.seen if e["event"] == "rejected" and e["round"] == number), "")
-    now.wait("a later reply of the clinic that counts", PATIENCE, lambda: counts(now, place + 1, VICTIM))
+    now.wait("a later reply of the clinic that counts", PATIENCE, lambda: counts(now, back, VICTIM))
     recovery = time.monotonic() - killed
     now.sound(number)
     unharmed(town, held)
     if former is not None and gone([former], PATIENCE):
         raise NotSurvived("the killed SuperNode's ClientApp goes on beside the new one")
-    came = any(e["event"] == "accepted" and e["clinic"] == VICTIM for e in _of(now.seen[: place + 1], number))
+    came = any(e["event"] == "accepted" and e["clinic"] == VICTIM for e in _of(now.seen[:back], number))
     words = "its reply had come already" if came else "its reply of the same round still counted"
     words = f"the others' round ended without it ({reason})" if reason else words
     return Outcome(True, words, recovery, 0, {"at": round(case.share, 3), "round_seconds": others["seconds"]})
