@@ -48,16 +48,15 @@ class Status:
 
 
 def make_backend(settings: Settings) -> "Backend":
-    """Load the model that the settings name, without an adapter, and see that it may answer (`model.canary`).
-
-    Takes seconds; raises with one plain sentence.
-    """
-    from model import backend_choice, canary, manifest
+    """Load the settings' model, see that it may answer (`model.canary`); seconds. Raises with one plain sentence."""
+    from model import attach, backend_choice, canary, manifest
     from model.presets import reference_path
 
     folder = Path(settings.model).expanduser() if settings.model else reference_path()
     backend = backend_choice.open_backend(folder, None if manifest.is_quantized(folder) else settings.bits)
     canary.require(canary.check(backend, folder))
+    if backend.name == "torch":
+        attach.warm()
     return backend
 
 

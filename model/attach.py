@@ -13,6 +13,12 @@ from typing import Any
 from model import adapters, llava
 
 
+def warm() -> None:
+    """Import what the first adapter needs: a second or more that should not be part of somebody's answer."""
+    llava.prepare_environment()
+    import peft  # noqa: F401
+
+
 def attach(loaded: llava.Loaded, adapter: Path, *, train: bool = False) -> llava.Loaded:
     """A bare model with `adapter` beside its weights. Raises AdapterRejected before anything is changed."""
     digest = check_adapter(loaded, adapter)
