@@ -65,7 +65,7 @@ def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, 
 
 def run_all(wanted: Sequence[Case], workers: int, minutes: float | None) -> None:
     """Do what is not done yet, `workers` at a time. Raises ClickException with the log of a case that fails."""
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     waiting = [case for case in wanted if not done(case)]
     running: list[tuple[Case, subprocess.Popen[bytes]]] = []
     with tqdm(total=len(wanted), initial=len(wanted) - len(waiting), unit="case", desc="slake") as bar:
