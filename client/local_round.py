@@ -74,6 +74,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
             f"the time was over after {trained.steps} steps, and this clinic sends nothing below {allowed.min_steps}"
         )
     moved = wire.rounded({n: array for n, array in trained.state.items() if adapters.factor(n) in request.factor})
+    vectors = {wire.key(factor): wire.pack(moved, factor) for factor in request.factor}
     metrics: dict[str, int | float] = {
         "num-examples": len(samples),
         "num-cases": cases,
@@ -81,7 +82,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
         "steps": trained.steps,
         "seconds": time.monotonic() - start,
         "waited-seconds": trained.waited,
-        "bytes": wire.packed_bytes(moved, request.factor),
+        "bytes": sum(vector.nbytes for vector in vectors.values()),
     }
     if cost:  # losses and use of memory depend on the samples themselves and would tell more than was paid for
         spent = ledger.entry(cost.round, cost.multiplier, cost.rate, trained.steps)
@@ -89,7 +90,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
     else:
         metrics |= {"loss-before": trained.loss_before, "loss-after": trained.loss_after}
         metrics |= {"cpu-seconds": time.process_time(), "peak-rss-mib": trained.peak_rss_mib}
-    return Reply({wire.key(factor): wire.pack(moved, factor) for factor in request.factor}, metrics)
+    return Reply(vectors, metrics)
 
 
 def _cost(request: limits.Request, allowed: limits.Limits, samples: int, cases: int, home: Path) -> ledger.Entry:

@@ -6,6 +6,7 @@ for bit through any number of swaps. Not covered: where adapters lie and which i
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from model import adapters, llava
 def warm() -> None:
     """Import what the first adapter needs: a second or more that should not be part of somebody's answer."""
     llava.prepare_environment()
-    import peft  # noqa: F401
+    importlib.import_module("peft")
 
 
 def attach(loaded: llava.Loaded, adapter: Path, *, train: bool = False) -> llava.Loaded:

@@ -19,7 +19,7 @@ from model.onnx_graph import CONTRIB, Graph
 from model.onnx_source import Source, Unsupported
 
 _KINDS = ("llama", "mistral")
-_HEAD_ROWS = 4096  # rows of `lm_head` in one weight of the graph: no larger than the other layers
+_HEAD_ROWS = 4096  # rows of `lm_head` in one weight of the graph: about as large as a layer's
 
 
 @dataclass(frozen=True)

@@ -133,13 +133,11 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
             _stop(child)
 
 
-def bound_to_this_process() -> Callable[[], None] | None:
-    """For `preexec_fn`: the child is told to end when this process dies, however that happens; None where not Linux.
+def bound_to_this_process() -> Callable[[], None]:
+    """For `preexec_fn`: the child is told to end when this process dies, however that happens (Linux).
 
     A SuperLink that outlived its proxy would hold the port, and no server could be started again.
     """
-    if sys.platform != "linux":
-        return None
     import ctypes
 
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()

@@ -96,7 +96,7 @@ def simulate(work: Path, number: int, rounds: int, there: float, drop: float) ->
 
     from scripts.benches.simulation_clinics import client_app
 
-    base = _base(work / "base")
+    base = small_model(work / "base")
     rows: list[dict[str, Any]] = []
     app = ServerApp()
 
@@ -149,7 +149,7 @@ class _NoRelease:
         return getattr(self._grid, name)
 
 
-def _base(folder: Path) -> Path:
+def small_model(folder: Path) -> Path:
     """A very small model with random weights."""
     from model.build import ModelConfig, build
     from scripts.benches.simulation_clinics import ANSWERS, WORDS

@@ -39,7 +39,8 @@ def take_over() -> None:
         if what != "train":
             from client import local_round
 
-            local_round._train = _stand_in  # type: ignore[assignment]
+            stand_in: Any = _stand_in  # gives what the round reads of a `Trained`, no more
+            local_round._train = stand_in
         reply = honest(self, message, context)
         if what in ("train", "quick") or message.metadata.message_type != "train":
             return reply

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from model import adapters, installed
-from scripts.benches.simulation import _base
+from scripts.benches.simulation import small_model
 from scripts.benches.simulation_clinics import home
 from scripts.soak_parts.deployment import REFERENCE, Deployment, NotSurvived
 
@@ -75,7 +75,7 @@ class Town:
 
     def _build(self) -> None:
         """The very small model and the clinics' homes; training is as urgent as everything else, so that rounds end."""
-        _base(self.base)
+        small_model(self.base)
         for number, name in enumerate(CLINICS):
             self.homes[name] = home(self.work, self.base, number, 64)
             with open(self.homes[name] / "afya.toml", "a", encoding="utf-8") as settings:

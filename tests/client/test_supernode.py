@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -48,10 +49,10 @@ def says_nothing(one: socket.socket) -> None:
         pass
 
 
-def tries(port: int, ca: Path, invoker: object) -> tuple[int, Exception]:
+def tries(port: int, ca: Path, invoker: Any) -> tuple[int, Exception]:
     """How often a call is tried, at most TRIES times, and why it failed in the end."""
-    invoker.max_tries, count = TRIES, 0  # type: ignore[attr-defined]
-    invoker.wait_function = lambda seconds: None  # type: ignore[attr-defined]
+    invoker.max_tries, count = TRIES, 0
+    invoker.wait_function = lambda seconds: None
     with FleetHttpClient.from_server_address(f"127.0.0.1:{port}", False, ca.read_bytes(), []) as web:
         web._client.timeout = httpx.Timeout(0.2)
 
@@ -61,7 +62,7 @@ def tries(port: int, ca: Path, invoker: object) -> tuple[int, Exception]:
             return web.PullMessages(request)
 
         with pytest.raises(httpx.TransportError) as failed:
-            invoker.invoke(call, PullMessagesRequest())  # type: ignore[attr-defined]
+            invoker.invoke(call, PullMessagesRequest())
     return count, failed.value
 
 

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import psutil
-import pytest
 
 PARENT = """
 import subprocess, sys, time
@@ -16,7 +15,6 @@ time.sleep(600)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
 def test_a_killed_server_leaves_no_superlink_behind() -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
