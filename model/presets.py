@@ -106,8 +106,8 @@ PRESETS: tuple[Preset, ...] = (
         licence="Apache-2.0",
     ),
     Preset(
-        "reference-half",
-        "the same from half of the images, for experiments on the rest",
+        "reference-few",
+        "one that saw a tenth of the images, for experiments on the rest",
         None,
         None,
         "afya",

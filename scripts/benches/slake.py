@@ -1,17 +1,20 @@
 """`scripts/bench slake`: every aggregation beside local and pooled training on SLAKE, split by modality and by organ.
 
-Three clinics each, on images that the base (`model/reference_half`) was not trained on; SLAKE's en_validate is asked at
-the end, at 4 bits. Each case runs in a process of its own (`slake_case`), as many as there are cores, and is kept: the
+Three clinics each, on images that the base (`model/reference_few`) was not trained on; SLAKE's en_validate is asked at
+the end, at 4 bits. The learning rate is the one with which pooled training answers a fifth of the training images best,
+trained on the rest. Each case runs in a process of its own (`slake_case`), as many as there are cores, and is kept: the
 same command goes on where it was stopped. Intervals draw images, not seeds; a clinic's own score counts its part of the
 test rows. Federated and pooled adapters take as many steps in all; a local one takes as many as its clinic does.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +27,56 @@ from server.aggregate import MODES
 
 _PATH = click.Path(path_type=Path)
 _DRAWS = 4000  # bootstrap draws of whole images
-SETTINGS = {"targets": "decoder+projector", "rank": 16, "alpha": 16.0, "lr": 4e-3, "batch": 24, "mu": 0.0}
+SETTINGS = {"targets": "decoder+projector", "rank": 16, "alpha": 16.0, "batch": 24, "mu": 0.0}
 Right = Mapping[str, bool]
 
 
 @click.command()
 @click.option("--data", type=_PATH, required=True, help="SLAKE's folder (en_train.json, en_validate.json, imgs/).")
 @click.option("--out", type=_PATH, required=True, help="Folder for the cases and report.json.")
-@click.option("--base", type=_PATH, default=Path("model/reference_half"), show_default=True)
+@click.option("--base", type=_PATH, default=Path("model/reference_few"), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--rounds", default=6, show_default=True)
+@click.option("--rates", default="1e-3,2e-3,4e-3", show_default=True, help="Learning rates to choose from.")
+@click.option("--rounds", default=12, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
-@click.option("--workers", default=os.cpu_count() or 1, show_default=True, help="Cases at a time, one core each.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    show_default=True,
+    help="Cases at a time, one core each.",
+)
+@click.option("--only", default="", help="Ways of training, by commas (pooled,alternating,local); else every one.")
 @click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
-def main(data: Path, out: Path, base: Path, seeds: int, rounds: int, steps: int, workers: int, **other: Any) -> None:
+def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: float | None, **chosen: Any) -> None:
     """Compare local, federated and pooled training on SLAKE."""
     (out / "cases").mkdir(parents=True, exist_ok=True)
-    settings = {**SETTINGS, "rounds": rounds, "steps": steps}
-    wanted = list(cases(base.resolve(), data.resolve(), out.resolve(), seeds, settings))
-    run_all(wanted, workers, other["minutes"])
-    report = summary(wanted, settings)
+    began, places = time.monotonic(), (base.resolve(), data.resolve(), out.resolve())
+    settings = {**SETTINGS, "rounds": chosen["rounds"], "steps": chosen["steps"]}
+    tried = list(tuning(*places, [{**settings, "lr": float(rate)} for rate in chosen["rates"].split(",")]))
+    run_all(tried, workers, minutes)
+    rates = {case.settings["lr"]: percent(_read(case)["right"]) for case in tried if done(case)}
+    if len(rates) < len(tried):
+        raise click.ClickException("The time was up before a learning rate could be chosen; run this again to go on.")
+    settings["lr"] = max(rates, key=lambda rate: rates[rate])
+    ways = ("none", *chosen["only"].split(","))
+    wanted = [case for case in cases(*places, seeds, settings) if not chosen["only"] or case.what.split()[0] in ways]
+    run_all(wanted, workers, None if minutes is None else minutes - (time.monotonic() - began) / 60)
+    report = {"rates": rates, **summary(wanted, settings)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(table(report))
+
+
+def tuning(base: Path, data: Path, out: Path, several: Sequence[dict[str, Any]]) -> Iterator[Case]:
+    """Pooled training with each of the settings, asked about training images that it was not shown."""
+    for settings in several:
+        case = Case("pooled", "modality", 1, str(base), str(data), "", settings, tune=True)
+        yield replace(case, out=str(out / "cases" / f"{case.name}.json"))
+
+
+def percent(right: Right) -> float:
+    """Percent answered right."""
+    return 100 * sum(right.values()) / len(right)
 
 
 def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, Any]) -> Iterator[Case]:
@@ -64,26 +95,38 @@ def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, 
 
 
 def run_all(wanted: Sequence[Case], workers: int, minutes: float | None) -> None:
-    """Do what is not done yet, `workers` at a time. Raises ClickException with the log of a case that fails."""
+    """Do what is not done yet, `workers` at a time. Raises ClickException at the end with the cases that failed."""
     end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     waiting = [case for case in wanted if not done(case)]
     running: list[tuple[Case, subprocess.Popen[bytes]]] = []
-    with tqdm(total=len(wanted), initial=len(wanted) - len(waiting), unit="case", desc="slake") as bar:
+    failed: list[Case] = []
+    gpus, todo = itertools.cycle(_gpus()), len(waiting)
+    with tqdm(total=len(wanted), initial=len(wanted) - todo, unit="case", desc="slake") as bar:
         try:
             while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < workers and time.monotonic() < end:
-                    running.append((waiting[0], _start(waiting.pop(0))))
+                    running.append((waiting[0], _start(waiting.pop(0), next(gpus))))
                 time.sleep(0.2)
                 for case, child in list(running):
                     if child.poll() is not None:
                         running.remove((case, child))
-                        if child.returncode:
-                            raise click.ClickException(f"{case.name} failed; its log is {_log(case)}.")
+                        failed += [case] if child.returncode else []
                         bar.update()
         finally:
             for _, child in running:
                 child.kill()
                 child.wait()
+    if failed:
+        raise click.ClickException(f"{len(failed)} cases failed; the first one's log is {_log(failed[0])}.")
+
+
+def _gpus() -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is to be for one case after the other; None leaves it as it is."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [*named.split(",")] if count > 1 else [None]
 
 
 def done(case: Case) -> bool:
@@ -99,14 +142,13 @@ def _log(case: Case) -> Path:
     return Path(case.out).with_suffix(".log")
 
 
-def _start(case: Case) -> "subprocess.Popen[bytes]":
-    from dataclasses import asdict
-
+def _start(case: Case, gpu: str | None) -> "subprocess.Popen[bytes]":
     plan = Path(case.out).with_suffix(".case")
     plan.write_text(json.dumps(asdict(case)), encoding="utf-8")
     command = [sys.executable, "-m", "scripts.benches.slake_case", str(plan)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     with _log(case).open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def _read(case: Case) -> dict[str, Any]:
@@ -185,7 +227,8 @@ def share(gained: np.ndarray, pooled: np.ndarray, groups: Sequence[str]) -> dict
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    lines = []
+    tried = ", ".join(f"{rate:g}: {score:.1f} %" for rate, score in report["rates"].items())
+    lines = [f"Learning rate {report['settings']['lr']:g}, chosen on training images set aside ({tried}).", ""]
     for split, found in report["splits"].items():
         names = list(next(iter(found.values()))["clinics"]) if found else []
         lines += [f"SLAKE by {split}, {report['rows']} test questions:", ""]

@@ -46,13 +46,13 @@ class Case:
     @property
     def name(self) -> str:
         """What it is called in the report and as a file."""
+        if self.tune:
+            return f"tune-{self.what}-{self.settings['lr']:g}"
         if self.what == "none":
             return "none"
-        return (
-            f"pooled-{self.seed}"
-            if self.what == "pooled"
-            else f"{self.what}-{self.split}-{self.seed}".replace(" ", "-")
-        )
+        if self.what == "pooled":
+            return f"pooled-{self.seed}"
+        return f"{self.what}-{self.split}-{self.seed}".replace(" ", "-")
 
 
 def rows(case: Case) -> tuple[list[Sample], list[Sample]]:

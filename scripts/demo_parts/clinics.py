@@ -85,7 +85,7 @@ def _held_out(base: Path) -> tuple[float, int, list[str]]:
     if fraction <= 0:
         raise DemoFailed(
             f"{base} was trained on all of SLAKE's en_train, so no image is new to it; make a base that has not seen"
-            " half of them (afya-server train ... --set data.hold_out=0.5) and give it with --base."
+            " most of them (afya-server train ... --set data.hold_out=0.9) and give it with --base."
         )
     return fraction, seed, [f"{base.name} had teachers; whether they saw these images is unproven."] if taught else []
 

@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> Plan:
         "--base",
         type=Path,
         metavar="MODEL",
-        help="the model all start from (default: the reference model; with --data that of half the images)",
+        help="the model all start from (default: the reference model; with --data one that saw few of them)",
     )
     chosen = parser.parse_args(arguments)
     if chosen.rounds is not None and not 1 <= chosen.rounds <= 200:
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> Plan:
         parser.error("--steps is between 8 and 500, as the clinics' limits say")
     if chosen.data is not None and not (chosen.data / "en_train.json").is_file():
         parser.error(f"{chosen.data} holds no en_train.json; give the folder of SLAKE")
-    base = (chosen.base or _reference("reference-half" if chosen.data else "reference")).resolve()
+    base = (chosen.base or _reference("reference-few" if chosen.data else "reference")).resolve()
     if not (base / "config.json").is_file():
         parser.error(f"{base} is no model folder (config.json is missing)")
     plan = Plan(base, chosen.out.resolve(), chosen.data.resolve() if chosen.data else None, not chosen.no_kiosk)

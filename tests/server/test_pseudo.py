@@ -60,7 +60,7 @@ def test_a_padded_batch_answers_as_each_question_alone() -> None:
     from model.presets import reference_path
 
     rows = phantoms.make(2, list(phantoms.SCANNERS)[:1], seed=3)
-    folder = reference_path("reference-half")
+    folder = reference_path("reference-few")
     _, processor = _model(recipe.Recipe(), rows, folder, ())
     teacher = _teacher(folder, "cpu")
     bank = build_bank(rows, processor, teacher.config.image_seq_length, torch.device("cpu"))
