@@ -5,6 +5,7 @@ Features of the tower are computed once when no target layer lies in it. Not her
 (`client.limits`), the steps (`client.steps`), noise and clipping for each patient (`client.privacy`).
 """
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,10 +117,19 @@ def _prepare(
 ) -> tuple[Any, Batches]:
     """The model with its adapter, and the samples as it wants them."""
     model, loaded = _attach(base, how.bits, state, how.alpha, factors)
+    _sees_features(model.base_model.model)
     if how.courtesy:
         between_layers(model, how.courtesy.pause)
     modules = [adapters.module(name) for name in state]
     return model, Batches(samples, model, loaded, modules, how.batch, how.seed)
+
+
+def _sees_features(core: Any) -> None:
+    """Raise TrainingFailed where transformers would silently ignore a picture's features."""
+    if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
+        raise TrainingFailed(
+            "This transformers would train without looking at the pictures; run pip install 'transformers>=5.23'."
+        )
 
 
 def _attach(base: Path, bits: int, state: adapters.State, alpha: float, factors: Sequence[str]) -> tuple[Any, Any]:

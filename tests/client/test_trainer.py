@@ -101,6 +101,14 @@ def test_no_samples_and_a_rate_that_explodes_are_said(tiny: Path, samples: list[
         trainer.train(samples, tiny, start, ("B",), 10, lr=1e30)
 
 
+def test_a_library_that_would_ignore_the_pictures_is_refused() -> None:
+    class Old:
+        def forward(self, input_ids: object = None, pixel_values: object = None, **rest: object) -> None: ...
+
+    with pytest.raises(trainer.TrainingFailed, match="without looking at the pictures"):
+        trainer._sees_features(Old())
+
+
 def test_training_stops_when_its_time_is_over(tiny: Path, samples: list[Sample]) -> None:
     start = adapters.initial(tiny, 2, 8.0, "decoder", 0)
     assert trainer.train(samples, tiny, start, steps=50, seconds=0.0).steps == 1
