@@ -50,6 +50,15 @@ class Seal:
         return int(mark, 16) < SHARE * 2**64 and mark not in self.trained
 
 
+def begin(home: Path, key: bytes) -> None:
+    """Give a new clinic this key, so that a demonstration seals the same pictures each time; a real one draws its own.
+
+    A clinic that has a key keeps it. Raises Refused.
+    """
+    if not (home / FILE).exists():
+        _write(home, Seal(key, frozenset()))
+
+
 def open_to_training(home: Path, samples: "list[Sample]") -> "list[Sample]":
     """The samples that may be trained on; that they were is written down before this returns. Raises Refused."""
     seal = _read(home)

@@ -4,11 +4,13 @@ The answers are the reference model's own; a wrong one is corrected with the kno
 may be trained on is then exported by the kiosk's own consent gate. Not here: the screens, and a person's judgement.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client import sealed
 from kiosk import export
 from kiosk.records import NewImage
 from kiosk.store import CaseStore
@@ -31,8 +33,12 @@ class Filled:
 
 
 def open_home(home: Path, clinic: str, plan: Plan) -> None:
-    """Make a clinic's home with its settings: the model at `plan.bits`, its name on the screen, one thread."""
+    """Make a clinic's home with its settings: the model at `plan.bits`, its name on the screen, one thread.
+
+    Its key is made from its name and `plan.seal_seed`, so that two demos seal the same pictures.
+    """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sealed.begin(home, hashlib.sha256(f"{plan.seal_seed} {clinic}".encode()).digest())
     settings = {"clinic": clinic, "model": str(plan.base), "bits": plan.bits}
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     (home / "afya.toml").write_text("\n".join([*lines, "[client]", "threads = 1", ""]), encoding="utf-8")

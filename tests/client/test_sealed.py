@@ -66,6 +66,17 @@ def test_each_clinic_seals_other_pictures_and_the_key_is_its_own(tmp_path: Path)
     assert found[0] != found[1]
 
 
+def test_a_key_that_was_given_at_the_start_seals_the_same_pictures_and_replaces_none(tmp_path: Path) -> None:
+    rows, homes = samples(40), [tmp_path / name for name in ("one", "two")]
+    for home in homes:
+        home.mkdir()
+        sealed.begin(home, b"k" * 32)
+    opened = [groups(sealed.open_to_training(home, rows)) for home in homes]
+    assert opened[0] == opened[1] and len(opened[0]) < 40
+    sealed.begin(homes[0], b"other" * 8)
+    assert groups(sealed.open_to_training(homes[0], rows)) == opened[0]
+
+
 def test_a_small_sealed_set_gives_no_counts_and_a_damaged_seal_trains_nothing(afya_home: Path) -> None:
     with pytest.raises(limits.Refused, match="counts leave this clinic from 20 questions on 3 pictures"):
         sealed.sealed(afya_home, samples(40, questions=1))
