@@ -90,10 +90,10 @@ class Local:
 
     def start_server(self) -> None:
         """Start the SuperLink with its proxy, for the first time or again, and wait until clinics can connect."""
-        self._spawn("server", ["server", "start", *self._places(), "--listen", self.server])
+        self._spawn("server", ["server", "start", *self.places(), "--listen", self.server])
         self._wait_for_server()
 
-    def _places(self) -> list[str]:
+    def places(self) -> list[str]:
         places = ["--certs", str(self.out / "certs"), "--state", str(self.out / "state")]
         return [*places, "--link-port", str(self.ports[1])]
 
@@ -112,9 +112,9 @@ class Local:
         """Submit a run and follow it to its end; returns its events. Raises FederationFailed."""
         settings = {"base-model": str(self.base), "min-clinics": len(self.clinics), **config}
         chosen = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-        command = program("server", "rounds", *self._places(), "--json", *chosen)
+        command = program("server", "rounds", *self.places(), "--json", *chosen)
         events, other = [], []
-        env, pipe = self._environment(), subprocess.PIPE
+        env, pipe = self.environment(), subprocess.PIPE
         with subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT) as child:
             for line in child.stdout or ():
                 try:
@@ -131,19 +131,19 @@ class Local:
     def command(self, package: str, *arguments: str, env: Mapping[str, str] | None = None) -> str:
         """Run one of Afya's commands to its end; returns what it printed. Raises FederationFailed."""
         command = program(package, *arguments)
-        environment = {**self._environment(), **(env or {})}
+        environment = {**self.environment(), **(env or {})}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         if done.returncode:
             raise FederationFailed(f"afya-{package} {arguments[0]}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         return {**os.environ, "AFYA_MODEL": str(self.base), "PYTHONWARNINGS": "ignore"}
 
     def _spawn(self, name: str, arguments: list[str], env: Mapping[str, str] | None = None) -> None:
         with open(self.out / f"{name}.log", "wb") as log:
             self.processes[name] = subprocess.Popen(
-                program(*arguments), env={**self._environment(), **(env or {})}, stdout=log, stderr=subprocess.STDOUT
+                program(*arguments), env={**self.environment(), **(env or {})}, stdout=log, stderr=subprocess.STDOUT
             )
 
     def _wait_for_server(self) -> None:

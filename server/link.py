@@ -226,7 +226,7 @@ def flwr(link: Link, *arguments: str, seconds: float = 120.0) -> str:
 
 def register(link: Link, name: str, public_key: Path) -> None:
     """Let the clinic with this public key take part. Raises LinkError."""
-    answer = _json(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
+    answer = parsed(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
     if answer.get("success") is False:
         raise LinkError(f"{name} was not registered: {answer.get('error-message', answer)}")
     registry.remember(link.state, name, public_key.read_text(encoding="utf-8").strip(), str(answer.get("node-id", "")))
@@ -272,7 +272,7 @@ def submit(link: Link, config: dict[str, Any]) -> int:
     file = link.state / "bundle" / "run.toml"
     lines = [f"{name} = {_toml(value)}" for name, value in config.items()]
     write_atomic(file, ("\n".join(lines) + "\n").encode())
-    answer = _json(flwr(link, "run", str(folder), "--run-config", str(file), "--format", "json"))
+    answer = parsed(flwr(link, "run", str(folder), "--run-config", str(file), "--format", "json"))
     if not answer.get("success") or "run-id" not in answer:
         raise LinkError(f"The run was not accepted: {answer.get('error-message', answer)}")
     return int(answer["run-id"])
@@ -280,7 +280,7 @@ def submit(link: Link, config: dict[str, Any]) -> int:
 
 def run_status(link: Link, run_id: int) -> str:
     """State of a run in Flower's words: "running", "finished:completed", "finished:failed" and so on."""
-    answer = _json(flwr(link, "list", "--run-id", str(run_id), "--format", "json"))
+    answer = parsed(flwr(link, "list", "--run-id", str(run_id), "--format", "json"))
     rows = answer.get("runs") or []
     return str(rows[0].get("status", "unknown")) if rows else "unknown"
 
@@ -289,7 +289,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (str, bool, int)) else repr(value)
 
 
-def _json(text: str) -> dict[str, Any]:
+def parsed(text: str) -> dict[str, Any]:
     """The JSON object that a Flower command printed, after any notices."""
     try:
         return json.loads(text[text.index("{") : text.rindex("}") + 1])

@@ -62,7 +62,7 @@ class Deployment(Local):
         self.settings, count = dict(settings), len(self.look())
         config = {"base-model": str(self.base), **SETTINGS, **settings}
         chosen = [word for name, value in config.items() for word in ("--set", f"{name}={value}")]
-        self._spawn("rounds", ["server", "rounds", *self._places(), "--out", str(self.root), *chosen])
+        self._spawn("rounds", ["server", "rounds", *self.places(), "--out", str(self.root), *chosen])
         self.wait("the start of a run", UP_SECONDS, lambda: self._begun(count))
         if not self.follow:  # looking on costs processor time that rounds need
             self.leave("rounds")
@@ -87,7 +87,7 @@ class Deployment(Local):
         """Stop what runs, as a coordinator would: no more `afya-server rounds`, and Flower's runs stopped."""
         self.leave("rounds")
         for _ in range(3):
-            listed = link._json(link.flwr(self.link, "list", "--format", "json")).get("runs", [])
+            listed = link.parsed(link.flwr(self.link, "list", "--format", "json")).get("runs", [])
             running = [row for row in listed if not str(row.get("status", "")).startswith("finished")]
             for row in running:
                 with contextlib.suppress(link.LinkError):  # it may end by itself meanwhile

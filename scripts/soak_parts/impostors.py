@@ -157,7 +157,7 @@ def _revoked(now: Deployment) -> str:
         (key.parent / name).write_bytes(_key(now, SHUT_OUT).with_name(name).read_bytes())
     now.join(SHUT_OUT)
     now.wait("the clinic to be there", PATIENCE, lambda: True if now.is_there(SHUT_OUT) else None)
-    now.command("server", "revoke", SHUT_OUT, "--yes", *now._places())
+    now.command("server", "revoke", SHUT_OUT, "--yes", *now.places())
     now.wait("the end of its SuperNode", PATIENCE, lambda: now.processes[SHUT_OUT].poll())
     return _stranger(now, key, f"{SHUT_OUT}-again")
 

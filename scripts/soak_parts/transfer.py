@@ -107,7 +107,7 @@ class Office:
         (folder / "pyproject.toml").write_text(APP)
         shutil.copyfile(Path(__file__).with_name("vector_app.py"), folder / "vector_app.py")
         words = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
-        answer = link._json(link.flwr(self.link, "run", str(folder), "--run-config", words, "--format", "json"))
+        answer = link.parsed(link.flwr(self.link, "run", str(folder), "--run-config", words, "--format", "json"))
         if "run-id" not in answer:
             raise TransferFailed(f"The run was not accepted: {answer}")
         return int(answer["run-id"])

@@ -83,7 +83,7 @@ def test_a_round_works_as_the_services_user(place: Path, tmp_path: Path, tiny: P
     with Local({}, tmp_path / "out", tiny) as local:
         file = tmp_path / "lakeside.afya"
         options = ["--out", str(file), "--server", local.server, "--base-model", str(tiny)]
-        local.command("server", "invite", "lakeside", *options, *local._places())
+        local.command("server", "invite", "lakeside", *options, *local.places())
         home, state = _clinic(place, tiny, local.server, file)
         values = {"python": sys.base_prefix, "root": place, "home": home, "state": state, "model": place / "model"}
         values |= {"user": CLIENT_USER, "code": ROOT, "program": sys.executable, "port": free_ports(1)[0]}

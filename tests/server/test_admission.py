@@ -36,7 +36,7 @@ class Server:
 
     def __init__(self, local: Local) -> None:
         self.local, self.certs, self.state = local, local.out / "certs", local.out / "state"
-        self.places = local._places()
+        self.places = local.places()
         context = ssl.create_default_context(cafile=str(self.certs / "ca.crt"))
         self.web = httpx.Client(verify=context, trust_env=False, base_url=f"https://{local.server}")
 
@@ -225,7 +225,7 @@ def test_a_revoked_clinic_that_takes_part_is_thrown_out(running: Server, tmp_pat
 def _nodes(running: Server, number: int) -> str:
     """What the SuperLink says about one node."""
     side = link.Link(running.certs, running.state, running.local.ports[1])
-    listed = link._json(link.flwr(side, "supernode", "list", "--format", "json"))["nodes"]
+    listed = link.parsed(link.flwr(side, "supernode", "list", "--format", "json"))["nodes"]
     return next(str(row).replace("'", '"') for row in listed if row["node-id"] == str(number))
 
 

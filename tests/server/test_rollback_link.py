@@ -24,8 +24,8 @@ def test_a_release_is_signed_and_taken_back_over_the_link(tmp_path: Path, tiny: 
         config = {"num-server-rounds": 2, "rank": 2, "local-steps": 8, "batch-size": 8, "release-every": 1}
         events = local.rounds(config)
         second = _installed(homes)
-        command = program("server", "rollback", "--yes", *local._places())
-        done = subprocess.run(command, env=local._environment(), capture_output=True, text=True, timeout=180)
+        command = program("server", "rollback", "--yes", *local.places())
+        done = subprocess.run(command, env=local.environment(), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     first = _installed(homes)
     assert [event["round"] for event in events if event["event"] == "release"] == [1, 2]
