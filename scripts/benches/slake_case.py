@@ -6,6 +6,7 @@ The clinics' own trainer and the server's own aggregation, values rounded as on 
 them (`scripts/demo` has that). Writes what was answered right into the file that the case names.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -28,11 +29,15 @@ SPLITS: dict[str, tuple[str, Mapping[str, tuple[str, ...]]]] = {
     "modality": ("modality", MODALITY),
     "organ": ("location", ORGAN),
 }
+CHANCE = ("one", "two", "three", "four", "five")  # clinics of the split "chance": alike, each has a fifth of the images
 
 
 @dataclass(frozen=True)
 class Case:
-    """`what`: "none", "pooled", "local CLINIC" or an aggregation. `tune` tests on a part of the training images."""
+    """`what`: "none", "pooled", "local CLINIC" or an aggregation. `tune` tests on a part of the training images.
+
+    With `lie` in its settings the first clinic lies so (`slake_lies`); `cut` is that of the trimmed mean.
+    """
 
     what: str
     split: str
@@ -64,8 +69,15 @@ def rows(case: Case) -> tuple[list[Sample], list[Sample]]:
     return data.split_by_group(train, 0.2, 3) if case.tune else (train, test)
 
 
+def names(split: str) -> Sequence[str]:
+    """The clinics of a split."""
+    return CHANCE if split == "chance" else tuple(SPLITS[split][1])
+
+
 def clinic_of(sample: Sample, split: str) -> str:
     """The clinic that has this row; every row has one."""
+    if split == "chance":
+        return CHANCE[hashlib.sha256(sample.group.encode()).digest()[0] % len(CHANCE)]
     key, clinics = SPLITS[split]
     return next(name for name, values in clinics.items() if sample.meta.get(key) in values)
 
@@ -76,7 +88,7 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
 
     s = case.settings
     state = adapters.initial(Path(case.base), s["rank"], s["alpha"], s["targets"], case.seed)
-    clinics: dict[str, list[Sample]] = {name: [] for name in SPLITS[case.split][1]}
+    clinics: dict[str, list[Sample]] = {name: [] for name in names(case.split)}
     for sample in samples:
         clinics[clinic_of(sample, case.split)].append(sample)
     if case.what == "pooled":
@@ -91,19 +103,23 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
 def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) -> tuple[Any, dict[str, Any]]:
     """Rounds of the case's aggregation; patients are counted, shares are capped, as on the server."""
     from model import adapters, wire
+    from scripts.benches import slake_lies
     from server import aggregate
     from server.strategy import shares
 
-    s, sent, errors = case.settings, [], []
+    s, sent, errors, cut = case.settings, [], [], int(case.settings.get("cut", 0))
     weights = shares([len({sample.group for sample in mine}) for mine in clinics.values()])
     for number in range(s["rounds"]):
         state, replies = wire.rounded(state), []
         factor = aggregate.factors_of_round(case.what, number)
-        for mine in clinics.values():
-            after = one(case, mine, state, factor, s["steps"], 1000 * case.seed + number)
-            replies.append(wire.rounded({n: a for n, a in after.items() if adapters.factor(n) in factor}))
-        combined, _ = aggregate.combine(case.what, state, replies, weights)
-        found = aggregate.fit(state, combined, replies, weights, s["alpha"] / s["rank"])[""]
+        for place, mine in enumerate(clinics.values()):
+            lie, seed = "" if place else s.get("lie", ""), 1000 * case.seed + number
+            after = one(case, slake_lies.samples(lie, mine, seed), state, factor, s["steps"], seed)
+            reply = {n: a for n, a in after.items() if adapters.factor(n) in factor}
+            replies.append(wire.rounded(slake_lies.reply(lie, reply, state, s["lr"] * s["steps"], seed)))
+        combined, _ = aggregate.combine(case.what, state, replies, weights, cut=cut)
+        equal = [1 / len(replies)] * len(replies)
+        found = aggregate.fit(state, combined, replies, equal if cut else weights, s["alpha"] / s["rank"])[""]
         errors.append(found.relative_error)
         sent.append(wire.packed_bytes(replies[0], factor))
         state = combined

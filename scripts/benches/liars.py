@@ -1,0 +1,90 @@
+"""`scripts/bench liars`: what one lying clinic of five costs on SLAKE, with and without the trimmed mean.
+
+Five clinics with a fifth of the images each, `alternating`; the first one lies in ways that no check of a single reply
+can tell (`slake_lies`). Base, test questions, resuming and intervals are those of `scripts/bench slake`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from scripts.benches import slake
+from scripts.benches.slake_case import CHANCE, Case, rows
+from scripts.benches.slake_lies import LIES
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--data", type=_PATH, required=True, help="SLAKE's folder (en_train.json, en_validate.json, imgs/).")
+@click.option("--out", type=_PATH, required=True, help="Folder for the cases and report.json.")
+@click.option("--base", type=_PATH, default=Path("model/reference_few"), show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--rate", default=2e-3, show_default=True, help="Learning rate.")
+@click.option("--rounds", default=6, show_default=True)
+@click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
+@click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
+@click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
+def main(data: Path, out: Path, base: Path, seeds: int, rate: float, rounds: int, steps: int, **other: Any) -> None:
+    """Measure what a lying clinic costs."""
+    (out / "cases").mkdir(parents=True, exist_ok=True)
+    settings = {**slake.SETTINGS, "lr": rate, "rounds": rounds, "steps": steps}
+    wanted = list(cases(base.resolve(), data.resolve(), out.resolve(), seeds, settings))
+    slake.run_all(wanted, other["workers"], other["minutes"])
+    report = summary(wanted)
+    (out / "report.json").write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
+    click.echo(table(report))
+
+
+def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, Any]) -> Iterator[Case]:
+    """Everyone honest, and each lie; each with the mean and with the trimmed one."""
+    for seed in range(1, seeds + 1):
+        for lie in ("", *LIES):
+            for cut in (0, 1):
+                place = out / "cases" / f"{lie or 'honest'}-{cut}-{seed}.json"
+                chosen = {**settings, "lie": lie, "cut": cut}
+                yield Case("alternating", "chance", seed, str(base), str(data), str(place), chosen)
+
+
+def summary(wanted: Sequence[Case]) -> dict[str, Any]:
+    """Percent right of each way, and its difference from the plain mean of honest clinics, over the seeds there are."""
+    _, test = rows(wanted[0])
+    groups = {row.id: row.group for row in test}
+    ids = sorted(groups)
+    found: dict[tuple[str, int], list[Mapping[str, bool]]] = {}
+    for case in wanted:
+        if slake.done(case):
+            right = json.loads(Path(case.out).read_bytes())["right"]
+            found.setdefault((case.settings["lie"], case.settings["cut"]), []).append(right)
+    means = {way: np.mean([[run[i] for i in ids] for run in runs], axis=0) for way, runs in found.items()}
+    lines = []
+    for (lie, cut), mean in means.items():
+        row: dict[str, Any] = {"lie": lie, "cut": cut, "seeds": len(found[lie, cut]), "percent": 100 * mean.mean()}
+        if ("", 0) in means:
+            lost = mean - means["", 0]
+            row["difference"] = slake.share(lost, lost, [groups[i] for i in ids])
+        lines.append(row)
+    return {"rows": len(ids), "clinics": len(CHANCE), "lines": lines}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        "| one clinic of five | together by | seeds | right % | against honest clinics, 95 % interval |",
+        "|---" * 5 + "|",
+    ]
+    for row in report["lines"]:
+        way = f"trimmed mean ({row['cut']})" if row["cut"] else "mean"
+        gap = row.get("difference") or {}
+        told = f"{gap['points']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" if gap else ""
+        lines.append(f"| {row['lie'] or 'honest'} | {way} | {row['seeds']} | {row['percent']:.1f} | {told} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

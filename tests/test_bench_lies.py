@@ -1,0 +1,42 @@
+"""The lies of `scripts/bench liars`: the gate must find nothing in them, or the bench would measure the gate."""
+
+import numpy as np
+import pytest
+
+from model.data import Sample
+from scripts.benches import slake_case, slake_lies
+from server.strategy import norm_cap
+
+REACH = 0.05
+BEFORE = {"x.lora_A.weight": np.ones((4, 30), np.float32), "y.lora_A.weight": np.zeros((4, 20), np.float32)}
+HONEST = {name: array + np.float32(0.001) for name, array in BEFORE.items()}
+
+
+def _norm(reply: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(reply[name] - BEFORE[name]).sum() for name in reply)))
+
+
+@pytest.mark.parametrize("lie", ["opposite", "noise"])
+def test_a_lie_is_as_long_as_the_gate_lets_through(lie: str) -> None:
+    told = slake_lies.reply(lie, HONEST, BEFORE, REACH, 1)
+    cap = norm_cap(REACH, 1, sum(array.size for array in HONEST.values()))
+    assert told.keys() == HONEST.keys() and all(array.dtype == np.float32 for array in told.values())
+    assert 0.99 * cap < _norm(told) <= cap * 1.0001
+    assert lie == "noise" or all((told[name] < BEFORE[name]).all() for name in told)
+
+
+def test_an_honest_clinic_and_one_with_wrong_labels_send_what_they_trained() -> None:
+    assert slake_lies.reply("", HONEST, BEFORE, REACH, 1) is HONEST
+    assert slake_lies.reply("labels", HONEST, BEFORE, REACH, 1) is HONEST
+
+
+def test_wrong_labels_are_the_same_answers_to_other_questions() -> None:
+    blank = np.zeros((4, 4, 3), np.uint8)
+    mine = [Sample(str(n), blank, f"q{n}", f"a{n}", "open", f"g{n}", "slake") for n in range(40)]
+    told = slake_lies.samples("labels", mine, 1)
+    assert sorted(row.answer for row in told) == sorted(row.answer for row in mine)
+    assert [row.question for row in told] == [row.question for row in mine]
+    assert sum(a.answer == b.answer for a, b in zip(told, mine, strict=True)) < 5
+    assert slake_lies.samples("", mine, 1) is mine
+    places = [slake_case.clinic_of(row, "chance") for row in mine]
+    assert set(places) == set(slake_case.names("chance"))
