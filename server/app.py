@@ -9,6 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server import rounds, settings
+from server.alone import alone
 from server.events import Events
 from server.strategy import plain
 
@@ -19,8 +20,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the rounds of this configuration; a fault ends the run with one plain sentence in the log."""
     chosen = settings.read(context.run_config)
-    try:
-        rounds.federate(grid, chosen)
-    except Exception as error:  # told where `afya-server rounds` looks; Flower marks the run as failed
-        Events(Path(chosen.checkpoint_dir).expanduser()).add("failed", reason=plain(str(error) or repr(error)))
-        raise
+    root = Path(chosen.checkpoint_dir).expanduser()
+    with alone(root):  # a refusal here is not written into the events of the run that is at work
+        try:
+            rounds.federate(grid, chosen)
+        except Exception as error:  # told where `afya-server rounds` looks; Flower marks the run as failed
+            Events(root).add("failed", reason=plain(str(error) or repr(error)))
+            raise

@@ -53,10 +53,16 @@ def export_round(file: Path, folder: Path, state: Path, out: Path | None, values
 def import_round(files: tuple[Path, ...], folder: Path, state: Path, out: Path | None) -> None:
     """Conclude the round that was written last with the clinics' reply FILES, all at once."""
     from server import usb
+    from server.alone import alone
     from server.link import Link
 
     root = (out or state / "rounds").resolve()
-    done = _guard(lambda: usb.take(Link(folder.resolve(), state.resolve()), root, files))
+
+    def conclude() -> Any:
+        with alone(root, wait=0):
+            return usb.take(Link(folder.resolve(), state.resolve()), root, files)
+
+    done = _guard(conclude)
     for rejection in done.rejected:
         click.echo(f"  {rejection.clinic}: {rejection.reason}")
     click.echo(f"Round {done.round}: {done.reason}.")
