@@ -36,7 +36,7 @@ Right = Mapping[str, bool]
 @click.option("--out", type=_PATH, required=True, help="Folder for the cases and report.json.")
 @click.option("--base", type=_PATH, default=Path("model/reference_few"), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--rates", default="1e-3,2e-3,4e-3", show_default=True, help="Learning rates to choose from.")
+@click.option("--rates", default="1e-3,2e-3,4e-3", show_default=True, help="Learning rates to choose from, or one.")
 @click.option("--rounds", default=12, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
 @click.option(
@@ -53,12 +53,13 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     (out / "cases").mkdir(parents=True, exist_ok=True)
     began, places = time.monotonic(), (base.resolve(), data.resolve(), out.resolve())
     settings = {**SETTINGS, "rounds": chosen["rounds"], "steps": chosen["steps"]}
-    tried = list(tuning(*places, [{**settings, "lr": float(rate)} for rate in chosen["rates"].split(",")]))
+    several = [{**settings, "lr": float(rate)} for rate in chosen["rates"].split(",")]
+    tried = list(tuning(*places, several)) if len(several) > 1 else []
     run_all(tried, workers, minutes)
     rates = {case.settings["lr"]: percent(_read(case)["right"]) for case in tried if done(case)}
     if len(rates) < len(tried):
         raise click.ClickException("The time was up before a learning rate could be chosen; run this again to go on.")
-    settings["lr"] = max(rates, key=lambda rate: rates[rate])
+    settings["lr"] = max(rates, key=lambda rate: rates[rate]) if rates else several[0]["lr"]
     ways = ("none", *chosen["only"].split(","))
     wanted = [case for case in cases(*places, seeds, settings) if not chosen["only"] or case.what.split()[0] in ways]
     run_all(wanted, workers, None if minutes is None else minutes - (time.monotonic() - began) / 60)
@@ -228,7 +229,8 @@ def share(gained: np.ndarray, pooled: np.ndarray, groups: Sequence[str]) -> dict
 def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     tried = ", ".join(f"{rate:g}: {score:.1f} %" for rate, score in report["rates"].items())
-    lines = [f"Learning rate {report['settings']['lr']:g}, chosen on training images set aside ({tried}).", ""]
+    how = f"chosen on training images set aside ({tried})" if tried else "given"
+    lines = [f"Learning rate {report['settings']['lr']:g}, {how}.", ""]
     for split, found in report["splits"].items():
         names = list(next(iter(found.values()))["clinics"]) if found else []
         lines += [f"SLAKE by {split}, {report['rows']} test questions:", ""]

@@ -1,10 +1,15 @@
-"""The lies of `scripts/bench liars`: the gate must find nothing in them, or the bench would measure the gate."""
+"""`scripts/bench slake` and `liars` without a model: cases that fail, GPUs, and lies in which the gate finds nothing."""
 
+import subprocess
+import sys
+from pathlib import Path
+
+import click
 import numpy as np
 import pytest
 
 from model.data import Sample
-from scripts.benches import slake_case, slake_lies
+from scripts.benches import slake, slake_case, slake_lies
 from server.strategy import norm_cap
 
 REACH = 0.05
@@ -40,3 +45,20 @@ def test_wrong_labels_are_the_same_answers_to_other_questions() -> None:
     assert slake_lies.samples("", mine, 1) is mine
     places = [slake_case.clinic_of(row, "chance") for row in mine]
     assert set(places) == set(slake_case.names("chance"))
+
+
+def test_a_case_that_fails_stops_no_other_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def start(case: slake_case.Case, gpu: str | None) -> "subprocess.Popen[bytes]":
+        asked.append(gpu)
+        work = "raise SystemExit(1)" if case.seed == 2 else f"open({case.out!r}, 'w').write('{{\"settings\": {{}}}}')"
+        return subprocess.Popen([sys.executable, "-c", work])
+
+    monkeypatch.setattr(slake, "_start", start)
+    monkeypatch.setattr(slake, "_gpus", lambda: ["0", "1"])
+    wanted = [slake_case.Case("pooled", "modality", n, "", "", str(tmp_path / f"{n}.json")) for n in range(1, 5)]
+    with pytest.raises(click.ClickException, match=r"1 cases failed.*2\.log"):
+        slake.run_all(wanted, 2, None)
+    assert [slake.done(case) for case in wanted] == [True, False, True, True]
+    assert asked == ["0", "1", "0", "1"]
