@@ -1,4 +1,4 @@
-"""`scripts/bench slake` and `liars` without a model: cases that fail, GPUs, and lies in which the gate finds nothing."""
+"""`scripts/bench slake` and `liars` without a model: cases that fail, GPUs, lies in which the gate finds nothing."""
 
 import subprocess
 import sys
