@@ -152,9 +152,9 @@ def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> Non
     from server import link as links
     from server.alone import alone
 
-    links.require_started(link)
-    with alone(root, say=lambda text: click.echo(text, err=True)):
-        pass  # whoever was at work here has ended
+    if root.is_dir():
+        with alone(root, say=lambda text: click.echo(text, err=True)):
+            pass  # whoever was at work here has ended
     path = root / events.FILE
     place = path.stat().st_size if path.exists() else 0
     run_id = links.submit(link, config)
