@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from scripts.benches import slake
 from scripts.benches.slake_case import CHANCE, Case, rows
@@ -25,7 +24,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", type=_PATH, required=True, help="Folder for the cases and report.json.")
 @click.option("--base", type=_PATH, default=Path("model/reference_few"), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--rate", default=2e-3, show_default=True, help="Learning rate.")
+@click.option("--rate", default=4e-3, show_default=True, help="Learning rate.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
@@ -56,12 +55,11 @@ def summary(wanted: Sequence[Case]) -> dict[str, Any]:
     _, test = rows(wanted[0])
     groups = {row.id: row.group for row in test}
     ids = sorted(groups)
-    found: dict[tuple[str, int], list[Mapping[str, bool]]] = {}
+    found: dict[tuple[str, int], list[slake.Right]] = {}
     for case in wanted:
         if slake.done(case):
-            right = json.loads(Path(case.out).read_bytes())["right"]
-            found.setdefault((case.settings["lie"], case.settings["cut"]), []).append(right)
-    means = {way: np.mean([[run[i] for i in ids] for run in runs], axis=0) for way, runs in found.items()}
+            found.setdefault((case.settings["lie"], case.settings["cut"]), []).append(slake.result(case)["right"])
+    means = {way: slake.mean_right(runs, ids) for way, runs in found.items()}
     lines = []
     for (lie, cut), mean in means.items():
         row: dict[str, Any] = {"lie": lie, "cut": cut, "seeds": len(found[lie, cut]), "percent": 100 * mean.mean()}

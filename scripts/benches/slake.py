@@ -56,7 +56,7 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     several = [{**settings, "lr": float(rate)} for rate in chosen["rates"].split(",")]
     tried = list(tuning(*places, several)) if len(several) > 1 else []
     run_all(tried, workers, minutes)
-    rates = {case.settings["lr"]: percent(_read(case)["right"]) for case in tried if done(case)}
+    rates = {case.settings["lr"]: percent(result(case)["right"]) for case in tried if done(case)}
     if len(rates) < len(tried):
         raise click.ClickException("The time was up before a learning rate could be chosen; run this again to go on.")
     settings["lr"] = max(rates, key=lambda rate: rates[rate]) if rates else several[0]["lr"]
@@ -101,8 +101,8 @@ def run_all(wanted: Sequence[Case], workers: int, minutes: float | None) -> None
     waiting = [case for case in wanted if not done(case)]
     running: list[tuple[Case, subprocess.Popen[bytes]]] = []
     failed: list[Case] = []
-    gpus, todo = itertools.cycle(_gpus()), len(waiting)
-    with tqdm(total=len(wanted), initial=len(wanted) - todo, unit="case", desc="slake") as bar:
+    gpus = itertools.cycle(_gpus())
+    with tqdm(total=len(wanted), initial=len(wanted) - len(waiting), unit="case", desc="training") as bar:
         try:
             while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < workers and time.monotonic() < end:
@@ -134,7 +134,7 @@ def done(case: Case) -> bool:
     """Whether a case has a result of these settings. Raises ClickException for one of others."""
     if not Path(case.out).exists():
         return False
-    if case.what != "none" and _read(case)["settings"] != case.settings:
+    if case.what != "none" and result(case)["settings"] != case.settings:
         raise click.ClickException(f"{case.out} was made with other settings; choose another --out.")
     return True
 
@@ -152,14 +152,15 @@ def _start(case: Case, gpu: str | None) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def _read(case: Case) -> dict[str, Any]:
+def result(case: Case) -> dict[str, Any]:
+    """What a case that is done has found."""
     found: dict[str, Any] = json.loads(Path(case.out).read_bytes())
     return found
 
 
 def summary(wanted: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Percent right with intervals for every way of training, in all and by clinic, over the seeds that are there."""
-    there = {case.name: _read(case) for case in wanted if done(case)}
+    there = {case.name: result(case) for case in wanted if done(case)}
     _, test = rows(wanted[0])
     report: dict[str, Any] = {"settings": dict(settings), "rows": len(test), "splits": {}}
     seeds = sorted({case.seed for case in wanted if case.seed})
@@ -187,7 +188,7 @@ def _row(
     from model import metrics
 
     ids = sorted(groups)
-    mean = _mean(several, ids)
+    mean = mean_right(several, ids)
     whole = metrics.estimate(list(mean), [groups[i] for i in ids], _DRAWS)
     assert whole is not None
     own = {}
@@ -196,12 +197,12 @@ def _row(
     row: dict[str, Any] = {"seeds": len(several), "percent": whole.percent, "low": whole.low, "high": whole.high}
     row |= {"clinics": own}
     if runs["none"] and runs["pooled"]:
-        start, best = _mean(runs["none"], ids), _mean(runs["pooled"], ids)
+        start, best = mean_right(runs["none"], ids), mean_right(runs["pooled"], ids)
         row["gain"] = share(mean - start, best - start, [groups[i] for i in ids])
     return row
 
 
-def _mean(several: Sequence[Right], ids: Sequence[str]) -> np.ndarray:
+def mean_right(several: Sequence[Right], ids: Sequence[str]) -> np.ndarray:
     """Share of the runs in which each question was answered right."""
     return np.mean([[run[i] for i in ids] for run in several], axis=0)
 
