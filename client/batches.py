@@ -43,9 +43,13 @@ class Batches:
         self.prefix = shared_prefix(self.encoded, self.core.config.image_token_id)
         self.learnt = [sum(label != IGNORE for label in item.labels) for item in self.encoded]
         self.names = [sample.group for sample in samples]
-        self.batch, self.generator = min(batch, len(self.encoded)), np.random.default_rng(seed)
-        self.order: list[Group] = []
+        self.batch = min(batch, len(self.encoded))
+        self.restart(seed)
         self.probe_groups = list(self._some(np.random.default_rng(0)))
+
+    def restart(self, seed: int) -> None:
+        """Begin the rows' order anew."""
+        self.generator, self.order = np.random.default_rng(seed), list[Group]()
 
     def next_groups(self) -> list[Group]:
         """Rows of the next batch; every sample comes once before any comes again."""

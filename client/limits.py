@@ -43,6 +43,7 @@ class Limits:
     min_cases: int = _limit(16, "fewest patients, or pictures where patients are not known: likewise")
     min_lr: float = _limit(1e-6, "smallest learning rate")
     max_lr: float = _limit(1e-2, "largest learning rate")
+    max_lr_ratio: float = _limit(32.0, "largest ratio of the factors B's learning rate to A's (LoRA+)")
     max_batch: int = _limit(64, "most samples in a step")
     max_mu: float = _limit(1.0, "largest proximal term (FedProx)")
     max_minutes: float = _limit(30.0, "training stops after this many minutes, waiting for the kiosk included")
@@ -71,6 +72,7 @@ class Request:
     layout: str
     local_steps: int
     lr: float
+    lr_ratio: float
     batch_size: int
     seed: int
     proximal_mu: float
@@ -187,6 +189,7 @@ def check(
     ranges = (
         ("local-steps", request.local_steps, limits.min_steps, limits.max_steps),
         ("lr", request.lr, limits.min_lr, limits.max_lr),
+        ("lr-ratio", request.lr_ratio, 1.0, limits.max_lr_ratio),
         ("batch-size", request.batch_size, 1, limits.max_batch),
         ("rank", spec.rank, 1, limits.max_rank),
         ("alpha", request.alpha, 1e-3, limits.max_alpha),

@@ -126,6 +126,7 @@ def _train(
         tuple(request.factor),
         request.local_steps,
         lr=request.lr,
+        lr_ratio=request.lr_ratio,
         batch=request.batch_size,
         alpha=request.alpha,
         seed=request.seed + request.server_round,

@@ -88,14 +88,14 @@ def split(groups: Sequence[Group], most: int | None) -> list[list[Group]]:
 
 def run(
     gradient: Any,
+    optimizer: Any,
     steps: int,
-    lr: float,
     mu: float,
     deadline: float | None,
     before: Callable[[], None],
     progress: Callable[[int, int, float], None] | None,
 ) -> list[float]:
-    """AdamW steps on `gradient.parameters`; returns the loss of each. `before` is called before each step.
+    """Steps of `optimizer` on `gradient.parameters`; returns the loss of each. `before` is called before each step.
 
     `mu` pulls towards the values at the start (FedProx, arXiv:1812.06127). Ends early at `deadline` (monotonic clock).
     """
@@ -103,7 +103,6 @@ def run(
 
     parameters = gradient.parameters
     start = [parameter.detach().clone() for parameter in parameters] if mu else []
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, foreach=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     losses: list[float] = []
     for step in range(steps):

@@ -23,7 +23,9 @@ from client.steps import Gradient, TrainingFailed, run
 from model import adapters
 from model.data import Sample
 
-__all__ = ["Options", "Trained", "TrainingFailed", "train"]
+__all__ = ["Options", "Prepared", "Trained", "TrainingFailed", "prepare", "train"]
+
+Prepared = tuple[Any, Batches]  # the model with an adapter's layers, and the samples as it wants them
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Options:
-    """How `train` goes about it. `mu` is FedProx's proximal term; with `noise` every step is one of DP-SGD."""
+    """How `train` goes about it. `mu` is FedProx's proximal term; with `noise` every step is one of DP-SGD.
+
+    The factors B learn at `lr_ratio` times the rate of the factors A (LoRA+, arXiv:2402.12354).
+    """
 
     lr: float = 2e-3
+    lr_ratio: float = 1.0
     batch: int = 16  # samples in a step
     alpha: float = 16.0
     seed: int = 0  # decides order and result, but for the noise
@@ -69,11 +75,14 @@ def train(
     adapter_state: adapters.State,
     factors: Sequence[str] = ("A", "B"),
     steps: int = 60,
+    *,
+    prepared: Prepared | None = None,
     **options: Any,
 ) -> Trained:
     """Train `factors` of `adapter_state` on `samples` with the base model in `base`, `steps` optimizer steps.
 
-    `options` are the fields of `Options`. Raises TrainingFailed, MemoryShort, TimeOver, DataError, AdapterRejected.
+    `prepared` saves the seconds of `prepare` where the same samples are trained on again; `options` are the fields of
+    `Options`. Raises TrainingFailed, MemoryShort, TimeOver, DataError, AdapterRejected.
     """
     import torch
 
@@ -88,17 +97,32 @@ def train(
         how.courtesy.deadline = deadline
     with memory.capped(how.most_mib):
         _wait(how)()
-        model, batches = _prepare(samples, base, adapter_state, factors, how)
-        gradient = Gradient(batches, [p for p in model.parameters() if p.requires_grad])
-        private = PrivateGradient(gradient, batches.patients(), how.noise) if how.noise else gradient
-        before = batches.probe()
-        losses = run(private, steps, how.lr, how.mu, deadline, _wait(how), how.progress)
-        after = batches.probe()
+        model, batches = prepared or prepare(samples, base, adapter_state, how)
+        _fill(model, adapter_state, factors)
+        batches.restart(how.seed)
+        before, losses, after, most = _learn(model, batches, steps, how, deadline)
     if not math.isfinite(after):
         raise TrainingFailed("The loss is no longer a number; use a smaller learning rate.")
     state, took = _state(model, adapter_state, factors), time.monotonic() - start
     waited, count = how.courtesy.waited if how.courtesy else 0.0, len(samples)
-    return Trained(state, before, after, tuple(losses), len(losses), count, took, _peak_mib(), waited, gradient.most)
+    return Trained(state, before, after, tuple(losses), len(losses), count, took, _peak_mib(), waited, most)
+
+
+def _learn(
+    model: Any, batches: Batches, steps: int, how: Options, deadline: float | None
+) -> tuple[float, list[float], float, int | None]:
+    """The optimizer's steps: loss before, of each step and after, and how many questions were computed at once."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    gradient = Gradient(batches, [p for p in model.parameters() if p.requires_grad])
+    private = PrivateGradient(gradient, batches.patients(), how.noise) if how.noise else gradient
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=how.lr, loraplus_lr_ratio=how.lr_ratio, weight_decay=0.0, foreach=True
+    )
+    before = batches.probe()
+    losses = run(private, optimizer, steps, how.mu, deadline, _wait(how), how.progress)
+    return before, losses, batches.probe(), gradient.most
 
 
 def _wait(how: Options) -> Callable[[], None]:
@@ -112,11 +136,9 @@ def _wait(how: Options) -> Callable[[], None]:
     return wait
 
 
-def _prepare(
-    samples: Sequence[Sample], base: Path, state: adapters.State, factors: Sequence[str], how: Options
-) -> tuple[Any, Batches]:
-    """The model with its adapter, and the samples as it wants them."""
-    model, loaded = _attach(base, how.bits, state, how.alpha, factors)
+def prepare(samples: Sequence[Sample], base: Path, state: adapters.State, how: Options) -> Prepared:
+    """The model with layers for an adapter like `state`, and the samples as it wants them. Raises as `train` does."""
+    model, loaded = _attach(base, how.bits, state, how.alpha)
     _sees_features(model.base_model.model)
     if how.courtesy:
         between_layers(model, how.courtesy.pause)
@@ -132,8 +154,8 @@ def _sees_features(core: Any) -> None:
         )
 
 
-def _attach(base: Path, bits: int, state: adapters.State, alpha: float, factors: Sequence[str]) -> tuple[Any, Any]:
-    """The base model with the adapter's arrays in PEFT layers; only `factors` take gradients."""
+def _attach(base: Path, bits: int, state: adapters.State, alpha: float) -> tuple[Any, Any]:
+    """The base model with PEFT layers for an adapter like `state`."""
     from peft import LoraConfig, get_peft_model
 
     from model.llava import load
@@ -144,6 +166,13 @@ def _attach(base: Path, bits: int, state: adapters.State, alpha: float, factors:
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules)
     model = get_peft_model(loaded.model, config)
     model.requires_grad_(False)
+    _fill(model, state, ())
+    _compute_in_bfloat16(model, loaded)
+    return model.train(), loaded
+
+
+def _fill(model: Any, state: adapters.State, factors: Sequence[str]) -> None:
+    """Put the adapter's arrays into the PEFT layers; only `factors` take gradients. Raises AdapterRejected."""
     found = dict(_factors(model))
     if set(found) != set(state):
         odd = sorted(set(found) ^ set(state))[0]
@@ -153,8 +182,7 @@ def _attach(base: Path, bits: int, state: adapters.State, alpha: float, factors:
             raise adapters.AdapterRejected(f"{name} has shape {state[name].shape}, the model {tuple(parameter.shape)}.")
         parameter.data = _tensor(state[name]).to(parameter.device)
         parameter.requires_grad_(adapters.factor(name) in factors)
-    _compute_in_bfloat16(model, loaded)
-    return model.train(), loaded
+        parameter.grad = None
 
 
 def _compute_in_bfloat16(model: Any, loaded: Any) -> None:

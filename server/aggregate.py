@@ -62,6 +62,24 @@ def trimmed_mean(arrays: Sequence[np.ndarray], cut: int) -> np.ndarray:
     return ordered[cut : len(arrays) - cut].mean(axis=0)
 
 
+def multi_krum(before: State, replies: Sequence[State], liars: int) -> list[int]:
+    """Which replies to keep where up to `liars` lie: all but that many, those nearest to their neighbours.
+
+    Multi-Krum (Blanchard et al. 2017, arXiv:1703.02757) on the updates s B A themselves: a reply's score is the sum of
+    squared distances to its n - liars - 2 nearest. Raises ValueError for fewer than 2 x liars + 3 replies.
+    """
+    count = len(replies)
+    if count < 2 * liars + 3:
+        raise ValueError(f"setting {liars} aside needs at least {2 * liars + 3} updates, there are {count}")
+    inner = np.zeros((count, count))
+    for name_b, name_a in layers(before):
+        old = (before[name_b], before[name_a])
+        inner += products([(reply.get(name_b, old[0]), reply.get(name_a, old[1])) for reply in replies])
+    squares = np.diag(inner)[:, None] + np.diag(inner)[None] - 2 * inner
+    scores = np.sort(squares + np.diag(np.full(count, np.inf)), axis=1)[:, : count - liars - 2].sum(axis=1)
+    return sorted(int(place) for place in np.argsort(scores, kind="stable")[: count - liars])
+
+
 def product_svd(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], rank: int
 ) -> tuple[np.ndarray, np.ndarray, float]:

@@ -23,7 +23,7 @@ from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
 from server.settings import Settings, SettingsRejected
 from server.spool import Spool
-from server.strategy import Ask, Gate, Update, aggregate, norm_cap
+from server.strategy import Ask, Gate, Update, aggregate, least, norm_cap, rate_of_round
 
 POLL = 0.5  # seconds between two looks for replies
 GRACE = 600.0  # seconds a message outlives its deadline on the link, so that a late clinic finds it and is told
@@ -146,9 +146,11 @@ class Federation:
 
     def _ask(self, number: int, factor: str, before: RoundCheckpoint, clinics: Mapping[int, str]) -> Ask:
         s = self.settings
-        values = sum(before.state[n].size for n in before.spec.names if adapters.factor(n) in factor)
-        cap = s.max_update_norm or norm_cap(s.lr, s.local_steps, values)
-        return Ask(number, factor, wire.rounded(before.state), before.spec, clinics, cap)
+        lr = rate_of_round(s.lr, number, s.num_server_rounds, s.lr_final)
+        sizes = {f: sum(a.size for n, a in before.state.items() if adapters.factor(n) == f) for f in factor}
+        reach = sum(size * (s.lr_ratio**2 if f == "B" else 1) for f, size in sizes.items())
+        cap = s.max_update_norm or norm_cap(lr, s.local_steps, reach)
+        return Ask(number, factor, wire.rounded(before.state), before.spec, clinics, lr, cap)
 
     def _collect(self, gate: Gate, start: float) -> None:
         """Send the round's message and take replies one by one until all are there or the deadline is over."""
@@ -201,7 +203,8 @@ class Federation:
         """The checkpoint after a round: with the mean of the accepted updates, or unchanged below the quorum."""
         ask, updates = gate.ask, list(gate.updates.values())
         s = self.settings
-        enough = len(updates) >= max(s.min_clinics, 2 * s.trim + 1)
+        needed = least(s.min_clinics, s.trim, s.set_aside)
+        enough = len(updates) >= needed
         base = replace(
             before,
             round=ask.round,
@@ -217,12 +220,15 @@ class Federation:
         )
         if enough:
             scale = before.spec.alpha / before.spec.rank
-            found = aggregate(updates, ask.state, mode=s.aggregation, cut=s.trim, scale=scale)
-            reason = f"{len(updates)} of {len(ask.clinics)} replies aggregated"
+            found = aggregate(updates, ask.state, mode=s.aggregation, cut=s.trim, aside=s.set_aside, scale=scale)
+            base = replace(base, rejected=base.rejected + found.aside)
+            for odd in found.aside:
+                self.events.add("rejected", round=ask.round, clinic=odd.clinic, reason=odd.reason)
+            reason = f"{len(found.accepted)} of {len(ask.clinics)} replies aggregated"
             base = replace(base, state=found.state, accepted=found.accepted, quality=found.quality)
             base = replace(base, updates=before.updates + 1, reason=reason)
         else:
-            reason = f"{len(updates)} accepted replies, fewer than the quorum of {self.settings.min_clinics}: unchanged"
+            reason = f"{len(updates)} accepted replies, fewer than the quorum of {needed}: unchanged"
             base = replace(base, reason=reason)
         return replace(base, history=(*before.history, store.summary(base)))
 
@@ -240,7 +246,8 @@ def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
         "alpha": settings.alpha,
         "layout": wire.layout(ask.spec),
         "local-steps": settings.local_steps,
-        "lr": settings.lr,
+        "lr": ask.lr,
+        "lr-ratio": settings.lr_ratio,
         "batch-size": settings.batch_size,
         "seed": settings.seed,
         "proximal-mu": settings.proximal_mu,

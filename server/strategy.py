@@ -37,6 +37,7 @@ class Ask:
     state: State
     spec: AdapterSpec
     clinics: Mapping[int, str]
+    lr: float  # of the factors A
     max_norm: float  # largest norm of an update that is believed
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -166,11 +167,15 @@ def shares(examples: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round made of its updates: all factors, who took part with which share, and how exact the result is."""
+    """What a round made of its updates: all factors, who took part with which share, and how exact the result is.
+
+    `aside`: whose updates were left out because they were the furthest from the others'.
+    """
 
     state: State
     accepted: tuple[Contribution, ...]
     quality: dict[str, Any]
+    aside: tuple[Rejection, ...] = ()
 
 
 def aggregate(
@@ -179,14 +184,20 @@ def aggregate(
     *,
     mode: str = "alternating",
     cut: int = 0,
+    aside: int = 0,
     scale: float = 1.0,
     cap: float = WEIGHT_CAP,
 ) -> Outcome:
     """Combine the updates in node order, so that arrival plays no part; `scale` is alpha / rank, for the figures.
 
-    Raises ValueError as `server.aggregate.combine` does: without any update, or with too few for the trimming.
+    `aside` updates, the furthest from the others, are left out first (`server.aggregate.multi_krum`), then values are
+    trimmed by `cut`. Raises ValueError without any update, or with fewer than `least` says.
     """
     ordered = sorted(updates, key=lambda update: update.node)
+    kept = aggregation.multi_krum(before, [u.arrays for u in ordered], aside) if aside else range(len(ordered))
+    odd = "its update is the furthest from the others' (Multi-Krum)"
+    left_out = tuple(Rejection(u.clinic, odd) for place, u in enumerate(ordered) if place not in kept)
+    ordered = [ordered[place] for place in kept]
     weights = shares([update.examples for update in ordered], cap) if ordered else []
     replies = [update.arrays for update in ordered]
     state, discarded = aggregation.combine(mode, before, replies, weights, cut=cut)
@@ -195,9 +206,20 @@ def aggregate(
     found = aggregation.fit(before, state, replies, weights, scale)
     rows = zip(ordered, weights, strict=True)
     accepted = tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics) for u, w in rows)
-    return Outcome(state, accepted, aggregation.describe(found, mode, discarded))
+    return Outcome(state, accepted, aggregation.describe(found, mode, discarded), left_out)
 
 
-def norm_cap(lr: float, steps: int, elements: int) -> float:
+def least(clinics: int, cut: int, aside: int) -> int:
+    """Fewest accepted replies with which a round may end: a quorum of `clinics`, and enough for the rules on top."""
+    return max(clinics, aside + 2 * cut + 1, 2 * aside + 3 if aside else 0)
+
+
+def norm_cap(lr: float, steps: int, elements: float) -> float:
     """How far `steps` AdamW steps of rate `lr` can move `elements` values: about lr for each value in each step."""
     return lr * steps * math.sqrt(elements)
+
+
+def rate_of_round(lr: float, number: int, rounds: int, final: float) -> float:
+    """Learning rate of round `number` (from 1) of `rounds`: a cosine from `lr` down to `final` times `lr`."""
+    done = min(1.0, (number - 1) / max(1, rounds - 1))
+    return lr * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.data import Sample
-from scripts.benches import slake, slake_case, slake_lies
+from scripts.benches import slake_case, slake_lies, slake_runs
 from server.strategy import norm_cap
 
 REACH = 0.05
@@ -28,6 +28,12 @@ def test_a_lie_is_as_long_as_the_gate_lets_through(lie: str) -> None:
     assert told.keys() == HONEST.keys() and all(array.dtype == np.float32 for array in told.values())
     assert 0.99 * cap < _norm(told) <= cap * 1.0001
     assert lie == "noise" or all((told[name] < BEFORE[name]).all() for name in told)
+
+
+def test_a_turned_update_is_as_long_as_the_honest_one() -> None:
+    told = slake_lies.reply("turned", HONEST, BEFORE, REACH, 1)
+    assert _norm(told) == pytest.approx(_norm(HONEST), rel=1e-4)
+    assert all((told[name] < BEFORE[name]).all() for name in told)
 
 
 def test_an_honest_clinic_and_one_with_wrong_labels_send_what_they_trained() -> None:
@@ -55,10 +61,10 @@ def test_a_case_that_fails_stops_no_other_and_is_named(tmp_path: Path, monkeypat
         work = "raise SystemExit(1)" if case.seed == 2 else f"open({case.out!r}, 'w').write('{{\"settings\": {{}}}}')"
         return subprocess.Popen([sys.executable, "-c", work])
 
-    monkeypatch.setattr(slake, "_start", start)
-    monkeypatch.setattr(slake, "_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(slake_runs, "_start", start)
+    monkeypatch.setattr(slake_runs, "_gpus", lambda: ["0", "1"])
     wanted = [slake_case.Case("pooled", "modality", n, "", "", str(tmp_path / f"{n}.json")) for n in range(1, 5)]
     with pytest.raises(click.ClickException, match=r"1 cases failed.*2\.log"):
-        slake.run_all(wanted, 2, None)
-    assert [slake.done(case) for case in wanted] == [True, False, True, True]
+        slake_runs.run_all(wanted, 2, None)
+    assert [slake_runs.done(case) for case in wanted] == [True, False, True, True]
     assert asked == ["0", "1", "0", "1"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model import adapters, phantoms, wire
-from scripts.benches import aggregation, edge, edge_gpu, simulation, slake, slake_case
+from scripts.benches import aggregation, edge, edge_gpu, simulation, slake, slake_case, slake_runs, slake_table
 
 
 def test_divergence_is_zero_for_equal_logits_and_known_for_two() -> None:
@@ -61,29 +61,42 @@ def test_an_aggregation_case_at_true_size(tmp_path: Path) -> None:
 def test_the_share_of_what_pooling_gains_is_known_for_a_known_case() -> None:
     groups = [str(n // 4) for n in range(400)]
     pooled = np.array([0.0, 0.0, 0.0, 1.0] * 100)
-    found = slake.share(pooled * 0.8, pooled, groups)
+    found = slake_table.share(pooled * 0.8, pooled, groups)
     assert found["points"] == pytest.approx(20.0) and found["share"] == pytest.approx(0.8)
     assert found["share_low"] == pytest.approx(0.8) and found["share_high"] == pytest.approx(0.8), "every image alike"
-    nothing = slake.share(pooled * 0, pooled * 0.01, groups)
+    nothing = slake_table.share(pooled * 0, pooled * 0.01, groups)
     assert nothing["share"] is None, "a share of a quarter of a point means nothing"
 
 
 def test_every_case_of_the_slake_study_has_a_name_of_its_own(tmp_path: Path) -> None:
-    wanted = list(slake.cases(tmp_path, tmp_path, tmp_path, 2, {}))
+    wanted = list(
+        slake.cases(tmp_path, tmp_path, tmp_path, 2, {}, {"pooled": {"lr": 1e-3}, "alternating": {"lr": 2e-3}})
+    )
     names = [case.name for case in wanted]
-    assert len(names) == len(set(names)) == 1 + 2 * (1 + 2 * (4 + 3))
-    assert names[:3] == ["none", "pooled-1", "alternating-modality-1"] and "local-head-organ-2" in names
-    assert not any(slake.done(case) for case in wanted)
+    assert len(names) == len(set(names)) == 1 + 2 * (2 + 2 * (4 + 3))
+    assert names[:4] == ["none", "pooled-1", "brief-1", "alternating-modality-1"] and "local-head-organ-2" in names
+    assert [case.settings["lr"] for case in wanted[1:5]] == [1e-3, 1e-3, 2e-3, 1e-3]
+    assert not any(slake_runs.done(case) for case in wanted)
     (tmp_path / "cases").mkdir()
     Path(wanted[1].out).write_text('{"settings": {"rounds": 3}}', encoding="utf-8")
     with pytest.raises(click.ClickException, match="other settings"):
-        slake.done(wanted[1])
+        slake_runs.done(wanted[1])
 
 
 def test_a_federated_case_of_the_slake_study_moves_both_factors(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**slake.SETTINGS, "lr": 4e-3, "targets": "decoder", "rank": 2, "batch": 4, "rounds": 2, "steps": 2}
+    settings = {
+        **slake.SETTINGS,
+        "lr": 4e-3,
+        "lr_ratio": 2.0,
+        "lr_final": 0.5,
+        "targets": "decoder",
+        "rank": 2,
+        "batch": 4,
+        "rounds": 2,
+        "steps": 2,
+    }
     drawn = phantoms.make(3, ["plain"], seed=1, size=48)
     kinds = dict(zip(sorted({row.group for row in drawn}), ("CT", "MRI", "X-Ray"), strict=True))
     samples = [replace(row, meta={**row.meta, "modality": kinds[row.group]}) for row in drawn]

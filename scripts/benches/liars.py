@@ -1,4 +1,4 @@
-"""`scripts/bench liars`: what one lying clinic of five costs on SLAKE, with and without the trimmed mean.
+"""`scripts/bench liars`: what one lying clinic of five costs on SLAKE, with the mean and with two robust rules.
 
 Five clinics with a fifth of the images each, `alternating`; the first one lies in ways that no check of a single reply
 can tell (`slake_lies`). Base, test questions, resuming and intervals are those of `scripts/bench slake`.
@@ -12,10 +12,12 @@ from typing import Any
 
 import click
 
-from scripts.benches import slake
+from scripts.benches import slake_runs, slake_table
+from scripts.benches.slake import SETTINGS, rate_of
 from scripts.benches.slake_case import CHANCE, Case, rows
 from scripts.benches.slake_lies import LIES
 
+RULES = {"mean": {}, "trimmed-mean": {"cut": 1}, "multi-krum": {"aside": 1}}  # how the five replies become one
 _PATH = click.Path(path_type=Path)
 
 
@@ -24,29 +26,29 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", type=_PATH, required=True, help="Folder for the cases and report.json.")
 @click.option("--base", type=_PATH, default=Path("model/reference_few"), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
-@click.option("--rate", default=4e-3, show_default=True, help="Learning rate.")
+@click.option("--rate", default="4e-3", show_default=True, help="As in `scripts/bench slake`.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
 @click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
-def main(data: Path, out: Path, base: Path, seeds: int, rate: float, rounds: int, steps: int, **other: Any) -> None:
+def main(data: Path, out: Path, base: Path, seeds: int, rate: str, rounds: int, steps: int, **other: Any) -> None:
     """Measure what a lying clinic costs."""
     (out / "cases").mkdir(parents=True, exist_ok=True)
-    settings = {**slake.SETTINGS, "lr": rate, "rounds": rounds, "steps": steps}
+    settings = {**SETTINGS, **rate_of(rate), "rounds": rounds, "steps": steps}
     wanted = list(cases(base.resolve(), data.resolve(), out.resolve(), seeds, settings))
-    slake.run_all(wanted, other["workers"], other["minutes"])
+    slake_runs.run_all(wanted, other["workers"], other["minutes"])
     report = summary(wanted)
     (out / "report.json").write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
     click.echo(table(report))
 
 
 def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, Any]) -> Iterator[Case]:
-    """Everyone honest, and each lie; each with the mean and with the trimmed one."""
+    """Everyone honest, and each lie; each with every rule."""
     for seed in range(1, seeds + 1):
         for lie in ("", *LIES):
-            for cut in (0, 1):
-                place = out / "cases" / f"{lie or 'honest'}-{cut}-{seed}.json"
-                chosen = {**settings, "lie": lie, "cut": cut}
+            for rule, own in RULES.items():
+                place = out / "cases" / f"{lie or 'honest'}-{rule}-{seed}.json"
+                chosen = {**settings, "lie": lie, "rule": rule, **own}
                 yield Case("alternating", "chance", seed, str(base), str(data), str(place), chosen)
 
 
@@ -55,17 +57,17 @@ def summary(wanted: Sequence[Case]) -> dict[str, Any]:
     _, test = rows(wanted[0])
     groups = {row.id: row.group for row in test}
     ids = sorted(groups)
-    found: dict[tuple[str, int], list[slake.Right]] = {}
+    found: dict[tuple[str, str], list[slake_table.Right]] = {}
     for case in wanted:
-        if slake.done(case):
-            found.setdefault((case.settings["lie"], case.settings["cut"]), []).append(slake.result(case)["right"])
-    means = {way: slake.mean_right(runs, ids) for way, runs in found.items()}
+        if slake_runs.done(case):
+            found.setdefault((case.settings["lie"], case.settings["rule"]), []).append(slake_runs.result(case)["right"])
+    means = {way: slake_table.mean_right(runs, ids) for way, runs in found.items()}
     lines = []
-    for (lie, cut), mean in means.items():
-        row: dict[str, Any] = {"lie": lie, "cut": cut, "seeds": len(found[lie, cut]), "percent": 100 * mean.mean()}
-        if ("", 0) in means:
-            lost = mean - means["", 0]
-            row["difference"] = slake.share(lost, lost, [groups[i] for i in ids])
+    for (lie, rule), mean in means.items():
+        row: dict[str, Any] = {"lie": lie, "rule": rule, "seeds": len(found[lie, rule]), "percent": 100 * mean.mean()}
+        if ("", "mean") in means:
+            lost = mean - means["", "mean"]
+            row["difference"] = slake_table.share(lost, lost, [groups[i] for i in ids])
         lines.append(row)
     return {"rows": len(ids), "clinics": len(CHANCE), "lines": lines}
 
@@ -77,10 +79,9 @@ def table(report: Mapping[str, Any]) -> str:
         "|---" * 5 + "|",
     ]
     for row in report["lines"]:
-        way = f"trimmed mean ({row['cut']})" if row["cut"] else "mean"
         gap = row.get("difference") or {}
         told = f"{gap['points']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" if gap else ""
-        lines.append(f"| {row['lie'] or 'honest'} | {way} | {row['seeds']} | {row['percent']:.1f} | {told} |")
+        lines.append(f"| {row['lie'] or 'honest'} | {row['rule']} | {row['seeds']} | {row['percent']:.1f} | {told} |")
     return "\n".join(lines)
 
 

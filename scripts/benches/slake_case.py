@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ CHANCE = ("one", "two", "three", "four", "five")  # clinics of the split "chance
 
 @dataclass(frozen=True)
 class Case:
-    """`what`: "none", "pooled", "local CLINIC" or an aggregation. `tune` tests on a part of the training images.
+    """`what`: "none", "pooled", "brief", "local CLINIC" or an aggregation. `tune` tests on some of the training images.
+
+    "pooled" takes the steps of all clinics together, "brief" those of one: as often through the data, or as long.
 
     With `lie` in its settings the first clinic lies so (`slake_lies`); `cut` is that of the trimmed mean.
     """
@@ -52,11 +54,12 @@ class Case:
     def name(self) -> str:
         """What it is called in the report and as a file."""
         if self.tune:
-            return f"tune-{self.what}-{self.settings['lr']:g}"
+            s = self.settings
+            return f"tune-{self.what}-{s['lr']:g}-{s['lr_ratio']:g}-{s['lr_final']:g}"
         if self.what == "none":
             return "none"
-        if self.what == "pooled":
-            return f"pooled-{self.seed}"
+        if self.what in ("pooled", "brief"):
+            return f"{self.what}-{self.seed}"
         return f"{self.what}-{self.split}-{self.seed}".replace(" ", "-")
 
 
@@ -91,8 +94,8 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
     clinics: dict[str, list[Sample]] = {name: [] for name in names(case.split)}
     for sample in samples:
         clinics[clinic_of(sample, case.split)].append(sample)
-    if case.what == "pooled":
-        steps = s["rounds"] * s["steps"] * len(clinics)
+    if case.what in ("pooled", "brief"):
+        steps = s["rounds"] * s["steps"] * (len(clinics) if case.what == "pooled" else 1)
         return one(case, samples, state, "AB", steps, case.seed), {}
     if case.what.startswith("local "):
         mine = clinics[case.what.removeprefix("local ")]
@@ -105,18 +108,27 @@ def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) ->
     from model import adapters, wire
     from scripts.benches import slake_lies
     from server import aggregate
-    from server.strategy import shares
+    from server.strategy import rate_of_round, shares
 
     s, sent, errors, cut = case.settings, [], [], int(case.settings.get("cut", 0))
-    weights = shares([len({sample.group for sample in mine}) for mine in clinics.values()])
+    patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
+    weights = shares(patients)
+    lies = [s.get("lie", "")] + [""] * (len(clinics) - 1)
+    rows_of = [slake_lies.samples(lie, mine, case.seed) for lie, mine in zip(lies, clinics.values(), strict=True)]
+    prepared = [prepare(case, mine, state) for mine in rows_of]
     for number in range(s["rounds"]):
         state, replies = wire.rounded(state), []
         factor = aggregate.factors_of_round(case.what, number)
-        for place, mine in enumerate(clinics.values()):
-            lie, seed = "" if place else s.get("lie", ""), 1000 * case.seed + number
-            after = one(case, slake_lies.samples(lie, mine, seed), state, factor, s["steps"], seed)
+        lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
+        now, reach = replace(case, settings={**s, "lr": lr}), lr * s["steps"] * (s["lr_ratio"] if factor == "B" else 1)
+        for mine, ready, lie in zip(rows_of, prepared, lies, strict=True):
+            seed = 1000 * case.seed + number
+            after = one(now, mine, state, factor, s["steps"], seed, ready)
             reply = {n: a for n, a in after.items() if adapters.factor(n) in factor}
-            replies.append(wire.rounded(slake_lies.reply(lie, reply, state, s["lr"] * s["steps"], seed)))
+            replies.append(wire.rounded(slake_lies.reply(lie, reply, state, reach, seed)))
+        if s.get("aside"):
+            kept = aggregate.multi_krum(state, replies, s["aside"])
+            replies, weights = [replies[n] for n in kept], shares([patients[n] for n in kept])
         combined, _ = aggregate.combine(case.what, state, replies, weights, cut=cut)
         equal = [1 / len(replies)] * len(replies)
         found = aggregate.fit(state, combined, replies, equal if cut else weights, s["alpha"] / s["rank"])[""]
@@ -126,19 +138,34 @@ def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) ->
     return wire.rounded(state), {"bytes_up": sum(sent) / len(sent), "distance": sum(errors) / len(errors)}
 
 
-def one(case: Case, samples: Sequence[Sample], state: Any, factor: str, steps: int, seed: int) -> Any:
+def prepare(case: Case, samples: Sequence[Sample], state: Any) -> Any:
+    """What a clinic's training makes ready first, and here only once."""
+    from client import trainer
+
+    return trainer.prepare(samples, Path(case.base), state, trainer.Options(**options(case)))
+
+
+def options(case: Case) -> dict[str, Any]:
+    """Options of the clinics' trainer."""
+    own = {name: case.settings[name] for name in ("lr", "lr_ratio", "batch", "alpha", "mu")}
+    return {**own, "bits": 4, "threads": 1}
+
+
+def one(
+    case: Case, samples: Sequence[Sample], state: Any, factor: str, steps: int, seed: int, prepared: Any = None
+) -> Any:
     """Train the factors on these samples as a clinic does."""
     from client import trainer
 
-    s = case.settings
-    options = {"lr": s["lr"], "batch": s["batch"], "alpha": s["alpha"], "mu": s["mu"], "bits": 4, "threads": 1}
-    return trainer.train(samples, Path(case.base), state, tuple(factor), steps, seed=seed, **options).state
+    how = {**options(case), "seed": seed, "prepared": prepared}
+    return trainer.train(samples, Path(case.base), state, tuple(factor), steps, **how).state
 
 
 def run(case: Case) -> dict[str, Any]:
     """Train, answer, and say which questions were answered right."""
     import torch
 
+    from client.trainer import TrainingFailed
     from model import adapters, evaluate, llava, metrics
     from model.backends import TorchBackend
 
@@ -147,7 +174,12 @@ def run(case: Case) -> dict[str, Any]:
     folder: Path | None = None
     facts: dict[str, Any] = {}
     if case.what != "none":
-        state, facts = train(case, samples)
+        try:
+            state, facts = train(case, samples)
+        except TrainingFailed as error:
+            if not case.tune:
+                raise
+            return {**asdict(case), "failed": str(error), "right": {row.id: False for row in test}}
         folder = Path(case.out).with_suffix("") / "adapter"
         adapters.save(
             folder, state, adapters.spec_of(state, case.settings["alpha"], llava.base_sha256(Path(case.base)))

@@ -1,7 +1,8 @@
 """Lies of a clinic that no check of its reply alone can tell: all arrays are finite and the update's norm is allowed.
 
 `labels`: honest training on answers that belong to other questions. `opposite`: its update turned round and as long as
-the gate lets through. `noise`: a random step of that length. Not here: lies that the gate refuses (`scripts/soak`).
+the gate lets through. `turned`: turned round and no longer than it was. `noise`: a random step of the length that the
+gate lets through. Not here: lies that the gate refuses (`scripts/soak`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 from model.adapters import State
 from model.data import Sample
 
-LIES = ("labels", "opposite", "noise")
+LIES = ("labels", "opposite", "turned", "noise")
 
 
 def samples(lie: str, mine: Sequence[Sample], seed: int) -> Sequence[Sample]:
@@ -27,7 +28,7 @@ def reply(lie: str, honest: State, before: State, reach: float, seed: int) -> St
     """What the clinic sends; `reach` is rate times steps, from which the gate reckons the norm that it allows."""
     from server.strategy import norm_cap
 
-    if lie not in ("opposite", "noise"):
+    if lie in ("", "labels"):
         return honest
     draw = np.random.default_rng(seed)
     moved = {name: array - before[name] for name, array in honest.items()}
@@ -35,5 +36,7 @@ def reply(lie: str, honest: State, before: State, reach: float, seed: int) -> St
         moved = {name: draw.standard_normal(array.shape) for name, array in honest.items()}
     norm = float(np.sqrt(sum(np.square(array, dtype=np.float64).sum() for array in moved.values())))
     far = norm_cap(reach, 1, sum(array.size for array in honest.values())) / max(norm, 1e-12)
-    sign = -1 if lie == "opposite" else 1
+    if lie == "turned":
+        far = 1.0
+    sign = 1 if lie == "noise" else -1
     return {name: (before[name] + sign * far * array).astype(np.float32) for name, array in moved.items()}

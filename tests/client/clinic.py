@@ -44,6 +44,7 @@ def request(base: Path, state: adapters.State, **changes: Any) -> RecordDict:
         "lr": 2e-3,
         "batch-size": 4,
         "seed": 0,
+        "lr-ratio": 2.0,
         "proximal-mu": 0.0,
     }
     config |= {name.replace("_", "-"): value for name, value in changes.items()}

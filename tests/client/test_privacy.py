@@ -28,7 +28,8 @@ def start(tiny: Path) -> adapters.State:
 
 @pytest.fixture
 def gradient(tiny: Path, samples: list[Sample], start: adapters.State) -> Gradient:
-    model, loaded = trainer._attach(tiny, 32, start, 8.0, ("B",))
+    model, loaded = trainer._attach(tiny, 32, start, 8.0)
+    trainer._fill(model, start, ("B",))
     made = Batches(samples, model, loaded, [adapters.module(name) for name in start], 4, 0)
     return Gradient(made, [p for p in model.parameters() if p.requires_grad])
 

@@ -68,7 +68,8 @@ def test_training_in_smaller_parts_gives_the_same_adapter(
 def test_a_probe_without_memory_for_all_goes_picture_by_picture(
     tiny: Path, samples: list[Sample], start: adapters.State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, loaded = trainer._attach(tiny, 32, start, 8.0, ("B",))
+    model, loaded = trainer._attach(tiny, 32, start, 8.0)
+    trainer._fill(model, start, ("B",))
     made = Batches(samples, model, loaded, [adapters.module(name) for name in start], 4, 0)
     whole = made.probe()
     short(monkeypatch, 4, MemoryError())

@@ -47,6 +47,28 @@ def test_the_same_seed_gives_the_same_adapter(tiny: Path, samples: list[Sample])
     assert any(not np.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
+def test_the_factors_b_learn_at_a_multiple_of_the_rate(tiny: Path, samples: list[Sample]) -> None:
+    start = adapters.initial(tiny, 2, 8.0, "decoder", 0)
+
+    def first_step(ratio: float) -> dict[str, float]:
+        done = trainer.train(samples, tiny, start, steps=1, lr=1e-3, lr_ratio=ratio, alpha=8.0, bits=32).state
+        return {f: max(float(np.abs(done[n] - start[n]).max()) for n in start if adapters.factor(n) == f) for f in "AB"}
+
+    assert first_step(1)["B"] == pytest.approx(1e-3, rel=0.01), "Adam's first step has the length of the rate"
+    assert first_step(8)["B"] == pytest.approx(8e-3, rel=0.01)
+
+
+def test_what_is_prepared_once_trains_as_if_it_were_new(tiny: Path, samples: list[Sample]) -> None:
+    start = adapters.initial(tiny, 2, 8.0, "decoder+projector", 0)
+    how = {"batch": 4, "alpha": 8.0, "bits": 32}
+    ready = trainer.prepare(samples, tiny, start, trainer.Options(**how))
+    for factors, seed in (("B", 3), ("A", 4)):
+        new = trainer.train(samples, tiny, start, factors, 4, seed=seed, **how)
+        again = trainer.train(samples, tiny, start, factors, 4, seed=seed, prepared=ready, **how)
+        assert again.losses == pytest.approx(new.losses, abs=1e-6)
+        assert all(np.allclose(new.state[name], again.state[name], atol=1e-6) for name in start)
+
+
 def test_questions_that_share_a_picture_have_the_loss_they_have_alone(tiny: Path, samples: list[Sample]) -> None:
     """Reference: transformers' own forward of each question alone, with pixels, at 32 bits."""
     import torch
@@ -54,7 +76,8 @@ def test_questions_that_share_a_picture_have_the_loss_they_have_alone(tiny: Path
     from model.collate import collate
 
     start = adapters.initial(tiny, 2, 8.0, "decoder", 0)
-    model, loaded = trainer._attach(tiny, 32, start, 8.0, ("B",))
+    model, loaded = trainer._attach(tiny, 32, start, 8.0)
+    trainer._fill(model, start, ("B",))
     modules = [adapters.module(name) for name in start]
     shared = batches.Batches(samples, model, loaded, modules, 4, 0)
     groups = list(shared._groups(shared.generator))
@@ -78,7 +101,8 @@ def test_features_computed_once_are_those_of_every_step(tiny: Path, samples: lis
     losses = []
     for targets in ("decoder", "decoder+projector", "decoder+projector+tower"):
         start = adapters.initial(tiny, 2, 8.0, targets, 0)
-        model, loaded = trainer._attach(tiny, 32, start, 8.0, ("B",))
+        model, loaded = trainer._attach(tiny, 32, start, 8.0)
+        trainer._fill(model, start, ("B",))
         made = batches.Batches(samples, model, loaded, [adapters.module(name) for name in start], 4, 0)
         with torch.no_grad():
             losses.append(float(made.loss(made.next_groups())))

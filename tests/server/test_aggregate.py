@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import adapters
 from server import aggregate
-from server.aggregate import combine, factors_of_round, fit, product_svd, trimmed_mean
+from server.aggregate import combine, factors_of_round, fit, multi_krum, product_svd, trimmed_mean
 
 B, A = "base_model.model.layer.lora_B.weight", "base_model.model.layer.lora_A.weight"
 OUT, IN = 9, 7
@@ -103,6 +104,28 @@ def test_trimming_takes_the_edge_off_poison() -> None:
     assert np.allclose(trimmed_mean(poisoned, 1), np.mean([1.01, 1.02, 1.03]))
     with pytest.raises(ValueError, match="more than 4 updates"):
         trimmed_mean(honest, 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("factors", ["B", "AB"])
+def test_multi_krum_keeps_those_with_the_least_sum_of_distances_of_dense_updates(seed: int, factors: str) -> None:
+    """Reference: the definition in Blanchard et al. 2017, on the whole matrices B A of every layer."""
+    draw, rank = np.random.default_rng(seed), 2
+    before = {A: draw.normal(size=(rank, 7)), B: draw.normal(size=(5, rank))}
+    sent = [name for name in before if adapters.factor(name) in factors]
+    replies = [{name: before[name] + draw.normal(size=before[name].shape) for name in sent} for _ in range(7)]
+    dense = [{**before, **reply}[B] @ {**before, **reply}[A] for reply in replies]
+    scores = []
+    for one in dense:
+        apart = sorted(float(np.square(one - other).sum()) for other in dense if other is not one)
+        scores.append(sum(apart[: 7 - 2 - 2]))
+    assert multi_krum(before, replies, 2) == sorted(int(place) for place in np.argsort(scores)[:5])
+
+
+def test_multi_krum_needs_enough_neighbours() -> None:
+    state = {A: np.ones((1, 2)), B: np.ones((2, 1))}
+    with pytest.raises(ValueError, match="at least 5 updates, there are 4"):
+        multi_krum(state, [state] * 4, 1)
 
 
 def test_rounds_ask_for_the_factors_of_their_mode() -> None:

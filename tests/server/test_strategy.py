@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from model import adapters, wire
 from server import checkpoint as store
 from server import rounds
-from server.strategy import Ask, Gate, Update, aggregate, norm_cap, plain, shares
+from server.strategy import Ask, Gate, Update, aggregate, least, norm_cap, plain, rate_of_round, shares
 from tests.server import fakes
 from tests.server.bad_replies import BAD
 from tests.server.fakes import Clock, FakeGrid, honest
@@ -60,6 +60,33 @@ def test_below_the_quorum_nothing_changes(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(np.array_equal(after.state[name], array) for name, array in fakes.small_state().items())
 
 
+def test_the_odd_one_out_is_set_aside_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backwards(node: int, message: Message) -> object:
+        return fakes.reply(fakes.moved(message, -0.01), fakes.asked(message)[0])
+
+    clinics = {1: honest(), 2: backwards, 3: honest(), 4: honest(), 5: honest()}
+    after = one_round(tmp_path / "five", clinics, monkeypatch, set_aside=1)
+    assert [row.clinic for row in after.accepted] == ["clinic-1", "clinic-3", "clinic-4", "clinic-5"]
+    assert [(row.clinic, "furthest" in row.reason) for row in after.rejected] == [("clinic-2", True)]
+    for name, array in after.state.items():
+        expected = 0.01 if adapters.factor(name) == "B" else 0.0
+        np.testing.assert_allclose(array - fakes.small_state()[name], expected, atol=1e-7)
+    del clinics[5]
+    four = one_round(tmp_path / "four", clinics, monkeypatch, set_aside=1)
+    assert not four.changed and "quorum of 5" in four.reason
+
+
+def test_how_many_replies_the_rules_on_top_need() -> None:
+    assert [least(2, 0, 0), least(2, 1, 0), least(2, 0, 1), least(2, 1, 2), least(9, 1, 1)] == [2, 3, 5, 7, 9]
+
+
+def test_the_rate_falls_on_a_cosine_and_not_below_its_floor() -> None:
+    rates = [rate_of_round(0.2, number, 5, 0.1) for number in range(1, 8)]
+    assert rates[0] == pytest.approx(0.2) and rates[2] == pytest.approx(0.11)
+    assert rates[4:] == pytest.approx([0.02] * 3) and sorted(rates, reverse=True) == rates
+    assert rate_of_round(0.2, 1, 1, 0.1) == rate_of_round(0.2, 4, 5, 1.0) == pytest.approx(0.2)
+
+
 def test_one_metric_more_is_no_reason_to_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chatty(node: int, message: Message) -> object:
         return fakes.reply(fakes.moved(message, 0.01), fakes.asked(message)[0], x=1.0, histogram=[1.0, 2.0])
@@ -70,7 +97,7 @@ def test_one_metric_more_is_no_reason_to_reject(tmp_path: Path, monkeypatch: pyt
 
 def _ask(clinics: dict[int, str]) -> Ask:
     before = fakes.first()
-    return Ask(1, "B", before.state, before.spec, clinics, 10.0)
+    return Ask(1, "B", before.state, before.spec, clinics, 2e-3, 10.0)
 
 
 def _message(node: int) -> Message:
