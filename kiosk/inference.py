@@ -45,6 +45,7 @@ class Status:
     reason: str | None
     adapter: str | None
     waiting: int
+    unsigned: str | None = None  # where nobody vouches for the adapter
 
 
 def make_backend(settings: Settings) -> "Backend":
@@ -135,11 +136,11 @@ class Engine:
 
     def status(self) -> Status:
         """What the model is doing now."""
-        backend = self._backend
-        state = "failed" if self._problem else "ready" if backend else "loading"
+        backend, on, problem = self._backend, self._adapters, self._problem
+        state = "failed" if problem else "ready" if backend else "loading"
         waiting = sum(not job.done for job in list(self._by_turn.values()))
         name, reason = (backend.name, backend.reason) if backend else (None, None)
-        return Status(state, self._problem, self._adapters.notice, name, reason, self._adapters.name, waiting)
+        return Status(state, problem, on.notice, name, reason, on.name, waiting, on.unsigned)
 
     def stop(self) -> None:
         """Answer what is queued, then end the worker."""

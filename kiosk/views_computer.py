@@ -64,6 +64,8 @@ def _model(desk: Desk) -> None:
         bits = f"{desk.settings.bits} bits per weight"
         adapter = f"improved by the adapter {status.adapter}" if status.adapter else "without an adapter (as installed)"
         st.write(f"{name}, {bits}, {adapter}.")
+        if status.unsigned:
+            st.warning(f"This adapter is {status.unsigned}.")
         reason = views.plain((status.reason or "").rstrip("."))
         st.caption(f"Runs with {status.backend}, because {reason}. Questions waiting: {status.waiting}.")
         st.caption(f"{views.DISCLAIMER} No picture and no question leaves this computer.")

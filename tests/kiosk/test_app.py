@@ -157,7 +157,9 @@ def test_this_computer_shows_what_answers_and_plots_it(desk: Desk) -> None:
     figures = {metric.label: metric.value for metric in test.metric}
     assert (figures["Cases"], figures["Questions answered"], figures["Checked"]) == ("1", "1", "0")
     assert "4 bits per weight, without an adapter" in texts(test) and "because it needs no weights" in texts(test)
-    assert "No backup was made yet" in texts(test)
+    assert "No backup was made yet" in texts(test) and "unsigned" not in texts(test)
+    desk.engine._adapters.unsigned = "unsigned: nobody vouches for the adapter"
+    assert "This adapter is unsigned: nobody vouches" in texts(check(test.run()))
 
 
 def test_a_file_that_is_no_picture_is_one_sentence(desk: Desk) -> None:

@@ -178,6 +178,7 @@ def test_a_real_adapter_is_swapped_in_under_a_real_model(
     first, second = queries.turn(store, before.turn_id), queries.turn(store, after.turn_id)
     assert (first.adapter_name, first.adapter_sha256) == (None, None)
     assert second.adapter_name == name and second.adapter_sha256 == adapters.sha256(tmp_path / "adapter")
+    assert "nobody vouches" in (engine.status().unsigned or "")
     assert first.confidence != second.confidence
 
 
