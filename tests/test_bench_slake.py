@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.data import Sample
-from scripts.benches import slake_case, slake_lies, slake_runs
+from scripts.benches import slake, slake_case, slake_lies, slake_runs, slake_table
 from server.strategy import norm_cap
 
 REACH = 0.05
@@ -68,3 +68,25 @@ def test_a_case_that_fails_stops_no_other_and_is_named(tmp_path: Path, monkeypat
         slake_runs.run_all(wanted, 2, None)
     assert [slake_runs.done(case) for case in wanted] == [True, False, True, True]
     assert asked == ["0", "1", "0", "1"]
+
+
+def test_rates_are_chosen_from_or_given_for_one_way() -> None:
+    rates, given = slake.rates_of("2e-3,1e-3:8,pooled=5e-4:16,ffa=2e-3:16:0.1")
+    assert [slake.named(rate) for rate in rates] == ["0.002:1:1", "0.001:8:1"]
+    assert {way: slake.named(rate) for way, rate in given.items()} == {"pooled": "0.0005:16:1", "ffa": "0.002:16:0.1"}
+
+
+@pytest.mark.parametrize("text", ["fast", "1e-3:2:3:4", "1e-3:", "local=1e-3"])
+def test_what_is_no_rate_is_said(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"is no rate|no rate of its own"):
+        slake.rates_of(text)
+
+
+def test_the_table_holds_each_way_against_both_ways_of_pooling() -> None:
+    gain = {"points": 10.0, "low": 8.0, "high": 12.0, "share": 0.5, "share_low": 0.4, "share_high": 0.6}
+    row = {"seeds": 2, "percent": 60.0, "low": 55.0, "high": 65.0, "clinics": {"ct": 50.0}}
+    found = {"none": row, "ffa": {**row, "pooled": gain, "brief": {**gain, "share": 0.9}, "bytes_up": 2048.0}}
+    text = slake_table.table({"tried": {"ffa": {"0.002:1:1": 61.2}}, "rows": 9, "splits": {"modality": found}})
+    assert "- ffa: 0.002:1:1 61.2" in text and "| none | 2 | 60.0 [55.0, 65.0] | 50.0 |  |  |  |  |" in text
+    last = "| ffa | 2 | 60.0 [55.0, 65.0] | 50.0 | +10.0 [+8.0, +12.0] | 50 % [40, 60] | 90 % [40, 60] | 2 |"
+    assert last in text
