@@ -110,7 +110,6 @@ def _limits(home: Path) -> str:
         "alpha": (0, own.max_alpha),
         "local-steps": (own.min_steps, own.max_steps),
         "lr": (own.min_lr, own.max_lr),
-        "lr-ratio": (1, own.max_lr_ratio),
         "batch-size": (1, own.max_batch),
     }
     numbers = {name: plan[name] for name in ranges if type(plan.get(name)) in (int, float)}

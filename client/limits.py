@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ class Limits:
     min_examples: int = _limit(16, "fewest consented samples: below it this clinic sits a round out")
     min_cases: int = _limit(16, "fewest patients, or pictures where patients are not known: likewise")
     min_lr: float = _limit(1e-6, "smallest learning rate")
-    max_lr: float = _limit(1e-2, "largest learning rate")
-    max_lr_ratio: float = _limit(32.0, "largest ratio of the factors B's learning rate to A's (LoRA+)")
+    max_lr: float = _limit(5e-2, "largest learning rate, of either factor")
     max_batch: int = _limit(64, "most samples in a step")
     max_mu: float = _limit(1.0, "largest proximal term (FedProx)")
     max_minutes: float = _limit(30.0, "training stops after this many minutes, waiting for the kiosk included")
@@ -63,7 +62,7 @@ _KINDS: dict[str, type] = {str(kind): kind for kind in (int, float, str)}
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks in a train message; every field must be there, and no other."""
+    """What the server asks in a train message; every field without a default must be there, and no other."""
 
     server_round: int
     factor: str
@@ -72,10 +71,10 @@ class Request:
     layout: str
     local_steps: int
     lr: float
-    lr_ratio: float
     batch_size: int
     seed: int
     proximal_mu: float
+    lr_ratio: float = 1.0  # of the factors B to lr
 
 
 def read_settings(home: Path) -> dict[str, Any]:
@@ -157,10 +156,11 @@ def parse(config: Mapping[str, Any]) -> Request:
     known = {entry.name.replace("_", "-"): entry for entry in fields(Request)}
     if odd := sorted(set(config) - set(known)):
         raise Refused(f"the request holds {odd[0]!r}, which this clinic does not know")
-    if lacking := sorted(set(known) - set(config)):
+    if lacking := sorted(name for name, e in known.items() if e.default is MISSING and name not in config):
         raise Refused(f"the request lacks {lacking[0]!r}")
     values: dict[str, Any] = {}
-    for name, entry in known.items():
+    for name in config:
+        entry = known[name]
         value, kind = config[name], _KINDS[str(entry.type)]
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind:
@@ -189,7 +189,8 @@ def check(
     ranges = (
         ("local-steps", request.local_steps, limits.min_steps, limits.max_steps),
         ("lr", request.lr, limits.min_lr, limits.max_lr),
-        ("lr-ratio", request.lr_ratio, 1.0, limits.max_lr_ratio),
+        ("lr-ratio", request.lr_ratio, 1.0, 1024.0),
+        ("lr times lr-ratio", request.lr * request.lr_ratio, limits.min_lr, limits.max_lr),
         ("batch-size", request.batch_size, 1, limits.max_batch),
         ("rank", spec.rank, 1, limits.max_rank),
         ("alpha", request.alpha, 1e-3, limits.max_alpha),

@@ -81,8 +81,9 @@ def train(
 ) -> Trained:
     """Train `factors` of `adapter_state` on `samples` with the base model in `base`, `steps` optimizer steps.
 
-    `prepared` saves the seconds of `prepare` where the same samples are trained on again; `options` are the fields of
-    `Options`. Raises TrainingFailed, MemoryShort, TimeOver, DataError, AdapterRejected.
+    `prepared` saves the seconds of `prepare` where the same samples are trained on again, with its batch, alpha, bits
+    and courtesy; `options` are the fields of `Options`. Raises TrainingFailed, MemoryShort, TimeOver, DataError,
+    AdapterRejected.
     """
     import torch
 

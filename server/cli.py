@@ -184,7 +184,7 @@ def sentence(event: dict[str, Any]) -> str:
     if kind == "accepted":
         loss = f"loss {event.get('loss-before', 0):.3f} -> {event.get('loss-after', 0):.3f}"
         return f"  {event['clinic']}: {event['examples']} samples, {loss}, {event.get('seconds', 0):.0f} s"
-    if kind in ("rejected", "not-installed", "not-examined"):
+    if kind in ("rejected", "set-aside", "not-installed", "not-examined"):
         return f"  {event['clinic']}: {kind}, {event.get('reason') or event.get('detail')}"
     if kind == "round-done":
         size = (event["bytes_down"] + event["bytes_up"]) / 1e6

@@ -20,7 +20,7 @@ from server.link import Link
 from server.members import is_up, pem
 
 FORMAT, VERSION = "afya-invitation", 1
-PLAN = ("targets", "rank", "alpha", "local-steps", "lr", "lr-ratio", "batch-size")  # what a round asks of a clinic
+PLAN = ("targets", "rank", "alpha", "local-steps", "lr", "batch-size")  # what a round asks of a clinic
 
 
 class InviteError(keys.CertsError):

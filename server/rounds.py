@@ -23,7 +23,7 @@ from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
 from server.settings import Settings, SettingsRejected
 from server.spool import Spool
-from server.strategy import Ask, Gate, Update, aggregate, least, norm_cap, rate_of_round
+from server.strategy import Ask, Gate, Update, aggregate, norm_cap, rate_of_round
 
 POLL = 0.5  # seconds between two looks for replies
 GRACE = 600.0  # seconds a message outlives its deadline on the link, so that a late clinic finds it and is told
@@ -120,11 +120,13 @@ class Federation:
         """One round from the state of `before`; its checkpoint is on the disk when this returns."""
         start = self.clock()
         factor = factors_of_round(self.settings.aggregation, before.updates)
-        clinics = self._clinics(start)
-        self.events.add("round", round=number, factor=factor, clinics=sorted(clinics.values()))
+        there = self._clinics(start)
+        clinics = there if len(there) >= self.settings.quorum else {}  # training in vain costs, and may cost privacy
+        ask = self._ask(number, factor, before, clinics)
+        self.events.add("round", round=number, factor=factor, lr=ask.lr, clinics=sorted(clinics.values()))
         spool = Spool(self.root / "incoming")
         spool.clear()
-        gate = Gate(self._ask(number, factor, before, clinics), spool)
+        gate = Gate(ask, spool)
         self._collect(gate, start)
         for late in gate.silent():
             self.events.add("rejected", round=number, clinic=late.clinic, reason=late.reason)
@@ -140,7 +142,7 @@ class Federation:
         while True:
             found = self._named()
             late = self.clock() - start >= self.settings.round_deadline
-            if len(found) >= self.settings.min_clinics or late:
+            if len(found) >= self.settings.quorum or late:
                 return found
             self.sleep(POLL)
 
@@ -203,8 +205,7 @@ class Federation:
         """The checkpoint after a round: with the mean of the accepted updates, or unchanged below the quorum."""
         ask, updates = gate.ask, list(gate.updates.values())
         s = self.settings
-        needed = least(s.min_clinics, s.trim, s.set_aside)
-        enough = len(updates) >= needed
+        enough = len(updates) >= s.quorum
         base = replace(
             before,
             round=ask.round,
@@ -223,12 +224,14 @@ class Federation:
             found = aggregate(updates, ask.state, mode=s.aggregation, cut=s.trim, aside=s.set_aside, scale=scale)
             base = replace(base, rejected=base.rejected + found.aside)
             for odd in found.aside:
-                self.events.add("rejected", round=ask.round, clinic=odd.clinic, reason=odd.reason)
+                self.events.add("set-aside", round=ask.round, clinic=odd.clinic, reason=odd.reason)
             reason = f"{len(found.accepted)} of {len(ask.clinics)} replies aggregated"
             base = replace(base, state=found.state, accepted=found.accepted, quality=found.quality)
             base = replace(base, updates=before.updates + 1, reason=reason)
         else:
-            reason = f"{len(updates)} accepted replies, fewer than the quorum of {needed}: unchanged"
+            rules = f" (min-clinics {s.min_clinics}, trim {s.trim}, set-aside {s.set_aside})"
+            why = rules if s.quorum > s.min_clinics else ""
+            reason = f"{len(updates)} accepted replies, fewer than the quorum of {s.quorum}{why}: unchanged"
             base = replace(base, reason=reason)
         return replace(base, history=(*before.history, store.summary(base)))
 
@@ -239,7 +242,7 @@ class Federation:
 
 def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
     """What a round asks of a clinic, beside the arrays: the same over the link and on a stick."""
-    return {
+    config: dict[str, str | int | float] = {
         "server-round": ask.round,
         "factor": ask.factor,
         "base-sha256": ask.spec.base_sha256,
@@ -247,11 +250,12 @@ def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
         "layout": wire.layout(ask.spec),
         "local-steps": settings.local_steps,
         "lr": ask.lr,
-        "lr-ratio": settings.lr_ratio,
         "batch-size": settings.batch_size,
         "seed": settings.seed,
         "proximal-mu": settings.proximal_mu,
     }
+    # Left out where it is 1: clinics of an earlier version, who take part by stick, do not know it.
+    return config | ({} if settings.lr_ratio == 1 else {"lr-ratio": settings.lr_ratio})
 
 
 def _name(node: Any) -> str:

@@ -31,19 +31,23 @@ class Settings:
     alpha: float = _setting(16.0, "scale of the adapter (lora_alpha)", 0.01, 4096)
     local_steps: int = _setting(40, "optimizer steps a clinic takes in a round", 1, 100_000)
     lr: float = _setting(2e-3, "learning rate of the factors A", 1e-7, 1.0)
-    lr_ratio: float = _setting(1.0, "times that rate for the factors B (LoRA+)", 1, 1024)
-    lr_final: float = _setting(1.0, "share of the rate that is left in the last round, reached on a cosine", 0.001, 1)
+    lr_ratio: float = _setting(1.0, "times that rate for the factors B (LoRA+); clinics bound the product", 1, 1024)
+    lr_final: float = _setting(
+        1.0, "share of the rate left in round num-server-rounds, on a cosine; more rounds later raise it again", 0.01, 1
+    )
     batch_size: int = _setting(16, "samples in a step", 1, 4096)
     proximal_mu: float = _setting(0.0, "pull towards the round's start at the clinics (FedProx); 0: none", 0, 10)
     aggregation: str = _setting(
         "alternating", "alternating, ffa, product-svd or factor-average (README: aggregation)", choices=MODES
     )
-    trim: int = _setting(0, "clinics cut at each end of every value before the mean, against poison", 0, 1000)
-    set_aside: int = _setting(0, "clinics left out, whose updates are furthest from the others' (Multi-Krum)", 0, 1000)
+    trim: int = _setting(0, "clinics cut at each end of every value, against poison; n needs 2n+1 replies", 0, 1000)
+    set_aside: int = _setting(
+        0, "updates always left out, the furthest from the others' (Multi-Krum); n needs 2n+3 replies", 0, 1000
+    )
     min_clinics: int = _setting(2, "accepted replies below which a round changes nothing", 1, 10_000)
     round_deadline: float = _setting(3600.0, "seconds after which a round goes on without the missing", 1, 604_800)
     release_every: int = _setting(0, "release to the clinics every n rounds; 0: at the end only", 0, 10_000)
-    max_update_norm: float = _setting(0.0, "cap on the norm of an update; 0: lr x steps x sqrt(values)", 0, 1e9)
+    max_update_norm: float = _setting(0.0, "cap on the norm of an update; 0: rate x steps x sqrt(values)", 0, 1e9)
     gate: str = _setting(
         "auto",
         "examine a candidate before its release; auto: judge by what was examined, require: refuse without, off",
@@ -65,6 +69,12 @@ class Settings:
     checkpoint_dir: str = _setting("", "folder of the rounds, on this server")
     base_model: str = _setting("", "folder of the base model; empty: the reference model")
     base_sha256: str = _setting("", "hash the base model must have; empty: whatever base-model has")
+
+    @property
+    def quorum(self) -> int:
+        """Fewest replies with which a round changes something: `min_clinics`, and enough to trim and set aside."""
+        enough = 2 * self.set_aside + 3 if self.set_aside else 0
+        return max(self.min_clinics, self.set_aside + 2 * self.trim + 1, enough)
 
     @property
     def base(self) -> Path:

@@ -129,6 +129,7 @@ class _Reader:
             "round": self._round,
             "accepted": self._accepted,
             "rejected": self._rejected,
+            "set-aside": self._set_aside,
             "round-done": self._round_done,
             "resumed": self._resumed,
             "examined": self._examined,
@@ -174,6 +175,12 @@ class _Reader:
         self._refusal(event, str(event.get("reason", "")))
         if event.get("reason") != SILENT:
             self._seen([event["clinic"]], event)
+
+    def _set_aside(self, event: dict[str, Any]) -> None:
+        """A reply that had been accepted and then was the furthest from the others'."""
+        self.accepted = [other for other in self.accepted if other["clinic"] != event["clinic"]]
+        self.clinic(event["clinic"]).accepted -= 1
+        self._rejected(event)
 
     def _refusal(self, event: dict[str, Any], reason: str) -> None:
         number = int(event.get("round") or self.running or max(self.rounds, default=0))

@@ -2,8 +2,8 @@
 
 A reply counts only if it has exactly the arrays that were asked for, finite, of this round, within the norm cap, with a
 believable number of examples. Anything else becomes a Rejection with its reason and never ends the run. The
-arithmetic is in `server.aggregate`. Not covered: poison that looks like training within the cap (`server.release` keeps
-the evidence for a person).
+arithmetic is in `server.aggregate`. Poison that looks like training within the cap is for the robust rules there, which
+are off by default, and for `server.release`, which keeps the evidence for a person.
 """
 
 import math
@@ -191,7 +191,7 @@ def aggregate(
     """Combine the updates in node order, so that arrival plays no part; `scale` is alpha / rank, for the figures.
 
     `aside` updates, the furthest from the others, are left out first (`server.aggregate.multi_krum`), then values are
-    trimmed by `cut`. Raises ValueError without any update, or with fewer than `least` says.
+    trimmed by `cut`. Raises ValueError without any update, or with too few for either.
     """
     ordered = sorted(updates, key=lambda update: update.node)
     kept = aggregation.multi_krum(before, [u.arrays for u in ordered], aside) if aside else range(len(ordered))
@@ -207,11 +207,6 @@ def aggregate(
     rows = zip(ordered, weights, strict=True)
     accepted = tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics) for u, w in rows)
     return Outcome(state, accepted, aggregation.describe(found, mode, discarded), left_out)
-
-
-def least(clinics: int, cut: int, aside: int) -> int:
-    """Fewest accepted replies with which a round may end: a quorum of `clinics`, and enough for the rules on top."""
-    return max(clinics, aside + 2 * cut + 1, 2 * aside + 3 if aside else 0)
 
 
 def norm_cap(lr: float, steps: int, elements: float) -> float:

@@ -75,8 +75,8 @@ def take(link: Link, root: Path, paths: Sequence[Path]) -> RoundCheckpoint:
     clinics, (now, _) = _clinics(link), store.latest(root)
     number = now.round + 1 if now else 1
     asked, wanted = _issued(root / FOLDER / _name(number), number)
-    if len(clinics) < asked.min_clinics:
-        raise BundleRejected(f"There are {len(clinics)} clinics, and a round needs {asked.min_clinics}; register more.")
+    if len(clinics) < asked.quorum:
+        raise BundleRejected(f"There are {len(clinics)} clinics, and a round needs {asked.quorum}; register more.")
     keys = {key: name for name, key in _keys(link).items()}
     nodes = {name: node for node, name in clinics.items()}
     replies: dict[int, Bundle] = {}
@@ -86,6 +86,8 @@ def take(link: Link, root: Path, paths: Sequence[Path]) -> RoundCheckpoint:
         if node in replies:
             raise BundleRejected(f"{path} is the second reply of {name}; leave one of them out.")
         replies[node] = reply
+    if len(replies) < asked.quorum:
+        raise BundleRejected(f"There are {len(replies)} replies, and the round needs {asked.quorum}; wait for more.")
 
     def exchange(*_: Any) -> Iterator[tuple[int, Any]]:
         for node, reply in replies.items():

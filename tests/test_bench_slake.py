@@ -58,7 +58,11 @@ def test_a_case_that_fails_stops_no_other_and_is_named(tmp_path: Path, monkeypat
 
     def start(case: slake_case.Case, gpu: str | None) -> "subprocess.Popen[bytes]":
         asked.append(gpu)
-        work = "raise SystemExit(1)" if case.seed == 2 else f"open({case.out!r}, 'w').write('{{\"settings\": {{}}}}')"
+        work = (
+            "raise SystemExit(1)"
+            if case.seed == 2
+            else f'open({case.out!r}, \'w\').write(\'{{"settings": {{}}, "base": "", "data": ""}}\')'
+        )
         return subprocess.Popen([sys.executable, "-c", work])
 
     monkeypatch.setattr(slake_runs, "_start", start)

@@ -2,7 +2,7 @@
 
 Three clinics each, on images that the base (`model/reference_few`) was not trained on; SLAKE's en_validate is asked at
 the end, at 4 bits. Each way of training has the learning rate with which it answers a fifth of the training images best
-when trained on the rest (by modality; a local adapter has the pooled one's). Each case runs in a process of its own
+when trained on the rest (by modality; a local adapter has that of `brief`). Each case runs in a process of its own
 (`slake_case`), as many as there are cores, and is kept: the same command goes on where it was stopped. Intervals draw
 images, not seeds; a clinic's own score counts its part of the test rows. A pooled adapter takes as many steps as all
 clinics together, a brief one, pooled too, and a local one as many as one clinic.
@@ -26,8 +26,8 @@ from server.aggregate import MODES
 _PATH = click.Path(path_type=Path)
 SETTINGS = {"targets": "decoder+projector", "rank": 16, "alpha": 16.0, "batch": 24, "mu": 0.0}
 RATES = "LR, LR:RATIO (of B's rate, LoRA+) or LR:RATIO:FINAL (in the last round) to choose from; or WAY=RATE."
-TUNED = ("pooled", *MODES)
-Rate = dict[str, float]  # lr of the factors A, and how many times that of the factors B
+TUNED = ("pooled", "brief", *MODES)
+Rate = dict[str, float]  # lr of the factors A, lr_ratio of B's to it, lr_final (in rounds): the share left in the last
 
 
 @click.command()
@@ -51,15 +51,17 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     """Compare local, federated and pooled training on SLAKE."""
     (out / "cases").mkdir(parents=True, exist_ok=True)
     began, places = time.monotonic(), (base.resolve(), data.resolve(), out.resolve())
-    settings = {**SETTINGS} | {key: chosen[key] for key in ("rounds", "steps")}
-    only = chosen["only"].split(",") if chosen["only"] else [*TUNED, "brief", "local"]
-    ways = [way for way in TUNED if way in only or (way == "pooled" and {"local", "brief"} & set(only))]
+    settings = SETTINGS | {key: chosen[key] for key in ("rounds", "steps")}
+    only = chosen["only"].split(",") if chosen["only"] else [*TUNED, "local"]
+    ways = [way for way in TUNED if way in only or (way == "brief" and "local" in only)]
     rates, given = rates_of(chosen["rates"])
     tried = list(tuning(*places, settings, [way for way in ways if way not in given], rates)) if len(rates) > 1 else []
     slake_runs.run_all(tried, workers, minutes)
     scores = scored(tried)
     best = {way: max(rates, key=lambda rate: scores[way][named(rate)]) for way in scores}
-    own = {way: given.get(way) or best.get(way) or (rates or [*given.values()])[0] for way in TUNED}
+    own = {way: given.get(way) or best.get(way) or (rates or [{}])[0] for way in ways}
+    if lacking := [way for way in ways if not own[way]]:
+        raise click.BadParameter(f"--rates says nothing about {lacking[0]}; add {lacking[0]}=LR, or one for all ways.")
     wanted = [case for case in cases(*places, seeds, settings, own) if case.what.split()[0] in ("none", *only)]
     slake_runs.run_all(wanted, workers, None if minutes is None else minutes - (time.monotonic() - began) / 60)
     report = {"tried": scores, **slake_table.summary(wanted, settings)}
@@ -117,7 +119,7 @@ def cases(
 
     def case(what: str, split: str, seed: int) -> Case:
         place = out / "cases" / f"{Case(what, split, seed, '', '', '').name}.json"
-        own = {**settings, **rates.get(what, rates["pooled"])}
+        own = {**settings, **rates.get("brief" if what.startswith("local ") else what, {})}
         return Case(what, split, seed, str(base), str(data), str(place), own)
 
     yield case("none", "modality", 0)

@@ -35,7 +35,7 @@ def reply(lie: str, honest: State, before: State, reach: float, seed: int) -> St
     if lie == "noise":
         moved = {name: draw.standard_normal(array.shape) for name, array in honest.items()}
     norm = float(np.sqrt(sum(np.square(array, dtype=np.float64).sum() for array in moved.values())))
-    far = norm_cap(reach, 1, sum(array.size for array in honest.values())) / max(norm, 1e-12)
+    far = 0.999 * norm_cap(reach, 1, sum(array.size for array in honest.values())) / max(norm, 1e-12)
     if lie == "turned":
         far = 1.0
     sign = 1 if lie == "noise" else -1

@@ -56,8 +56,10 @@ def done(case: Case) -> bool:
     """Whether a case has a result of these settings. Raises ClickException for one of others."""
     if not Path(case.out).exists():
         return False
-    if case.what != "none" and result(case)["settings"] != case.settings:
-        raise click.ClickException(f"{case.out} was made with other settings; choose another --out.")
+    found = result(case)
+    settings = case.settings if case.what != "none" else found["settings"]  # no training: whatever the settings were
+    if (found["settings"], found["base"], found["data"]) != (settings, case.base, case.data):
+        raise click.ClickException(f"{case.out} was made with other settings, base or data; choose another --out.")
     return True
 
 

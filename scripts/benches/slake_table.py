@@ -91,11 +91,8 @@ def share(gained: np.ndarray, pooled: np.ndarray, groups: Sequence[str]) -> dict
 
 def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    lines = (
-        ["Right % on training images set aside, by learning rate of A and ratio of B's to it:", ""]
-        if report["tried"]
-        else []
-    )
+    title = "Right % on training images set aside, by learning rate of A, ratio of B's to it, share left at the end:"
+    lines = [title, ""] if report["tried"] else []
     for way, scores in report["tried"].items():
         lines.append(f"- {way}: " + ", ".join(f"{rate} {score:.1f}" for rate, score in scores.items()))
     lines += [""] if lines else []

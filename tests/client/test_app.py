@@ -62,7 +62,9 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "steps as text": ({"local_steps": "8; rm -rf /"}, "local-steps"),
     "steps as truth": ({"local_steps": True}, "local-steps"),
     "no rate": ({"lr": None}, "lacks 'lr'"),
-    "B at 1,000 times A's rate": ({"lr_ratio": 1000.0}, "lr-ratio is 1000.0"),
+    "B at 1,000 times A's rate": ({"lr_ratio": 1000.0}, "lr times lr-ratio is 2.0"),
+    "a ratio below one": ({"lr_ratio": 0.5}, "lr-ratio is 0.5"),
+    "a ratio without end": ({"lr_ratio": float("inf")}, "lr-ratio is inf"),
     "a pull of 100": ({"proximal_mu": 100.0}, "proximal-mu is 100.0"),
     "round -1": ({"server_round": -1}, "server-round"),
 }

@@ -74,6 +74,20 @@ def test_everything_is_counted_once(state: Path) -> None:
     assert found.running is None and found.trouble == ""
 
 
+def test_a_reply_that_was_set_aside_counts_as_rejected_alone(state: Path) -> None:
+    log = events.Events(state / "rounds")
+    log.add("round", round=3, factor="B", clinics=["harbour", "lakeside"])
+    for clinic, loss in (("harbour", 9.0), ("lakeside", 1.0)):
+        log.add("accepted", round=3, clinic=clinic, **{"examples": 40, "bytes": 1, "seconds": 1.0, "loss-after": loss})
+    log.add("set-aside", round=3, clinic="harbour", reason="its update is the furthest")
+    done = {"factor": "B", "changed": True, "reason": "1 of 2 replies aggregated", "seconds": 40.0}
+    log.add("round-done", round=3, **done, bytes_down=1, bytes_up=1, quality={})
+    found = status.read(state)
+    last, harbour = found.rounds[-1], next(clinic for clinic in found.clinics if clinic.name == "harbour")
+    assert (last.accepted, last.rejected, last.loss_after) == (1, 1, 1.0)
+    assert (harbour.accepted, harbour.rejected) == (0, 2) and found.refusals[-1].clinic == "harbour"
+
+
 def test_a_clinic_that_is_silent_was_not_seen(state: Path) -> None:
     log = events.Events(state / "rounds")
     before = {clinic.name: clinic.last_seen for clinic in status.read(state).clinics}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from model import adapters, wire
 from server import checkpoint as store
 from server import rounds
-from server.strategy import Ask, Gate, Update, aggregate, least, norm_cap, plain, rate_of_round, shares
+from server.strategy import Ask, Gate, Update, aggregate, norm_cap, plain, rate_of_round, shares
 from tests.server import fakes
 from tests.server.bad_replies import BAD
 from tests.server.fakes import Clock, FakeGrid, honest
@@ -76,8 +76,20 @@ def test_the_odd_one_out_is_set_aside_and_named(tmp_path: Path, monkeypatch: pyt
     assert not four.changed and "quorum of 5" in four.reason
 
 
-def test_how_many_replies_the_rules_on_top_need() -> None:
-    assert [least(2, 0, 0), least(2, 1, 0), least(2, 0, 1), least(2, 1, 2), least(9, 1, 1)] == [2, 3, 5, 7, 9]
+def test_a_round_waits_for_as_many_as_its_rules_need_and_sends_nothing_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(node: int, message: Message) -> object:
+        return pytest.fail("asked all the same")
+
+    after = one_round(tmp_path, {1: never, 2: never}, monkeypatch, set_aside=1, min_clinics=2)
+    assert not after.changed and not after.rejected and after.bytes_down == 0
+    assert "quorum of 5 (min-clinics 2, trim 0, set-aside 1)" in after.reason
+
+
+@pytest.mark.parametrize(("trim", "aside", "quorum"), [(0, 0, 2), (1, 0, 3), (0, 1, 5), (1, 2, 7), (3, 1, 8)])
+def test_how_many_replies_the_rules_on_top_need(tmp_path: Path, trim: int, aside: int, quorum: int) -> None:
+    assert fakes.settings(tmp_path, tmp_path, min_clinics=2, trim=trim, set_aside=aside).quorum == quorum
 
 
 def test_the_rate_falls_on_a_cosine_and_not_below_its_floor() -> None:
@@ -85,6 +97,26 @@ def test_the_rate_falls_on_a_cosine_and_not_below_its_floor() -> None:
     assert rates[0] == pytest.approx(0.2) and rates[2] == pytest.approx(0.11)
     assert rates[4:] == pytest.approx([0.02] * 3) and sorted(rates, reverse=True) == rates
     assert rate_of_round(0.2, 1, 1, 0.1) == rate_of_round(0.2, 4, 5, 1.0) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("mode", ["alternating", "factor-average"])
+def test_rates_and_the_cap_follow_the_round_and_the_factor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr("model.llava.base_sha256", lambda folder: fakes.BASE)
+    given = {"aggregation": mode, "lr": 0.2, "lr_ratio": 4.0, "lr_final": 0.1, "local_steps": 10}
+    run = rounds.Federation(FakeGrid({}), fakes.settings(tmp_path, tmp_path, num_server_rounds=3, **given))
+    before, sizes = fakes.first(), {"A": 0, "B": 0}
+    for name, array in before.state.items():
+        sizes[adapters.factor(name)] += array.size
+    for number, lr in enumerate((0.2, 0.11, 0.02), 1):
+        factor = "AB" if mode == "factor-average" else "BAB"[number - 1]
+        ask = run._ask(number, factor, before, {})
+        config = rounds.asked(ask, run.settings)
+        assert (config["lr"], config["lr-ratio"]) == (pytest.approx(lr), 4.0)
+        reach = {"A": sizes["A"], "B": 16 * sizes["B"]}
+        assert ask.max_norm == pytest.approx(lr * 10 * np.sqrt(sum(reach[f] for f in factor)))
+    assert "lr-ratio" not in rounds.asked(ask, fakes.settings(tmp_path, tmp_path)), "clinics of before do not know it"
 
 
 def test_one_metric_more_is_no_reason_to_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +233,14 @@ def test_the_norm_cap_holds_for_real_adamw() -> None:
     import torch
 
     torch.manual_seed(0)
-    weights = torch.nn.Parameter(torch.zeros(2000))
-    optimizer = torch.optim.AdamW([weights], lr=3e-3, weight_decay=0.0)
+    slow, fast = (torch.nn.Parameter(torch.zeros(1000)) for _ in range(2))
+    groups = [{"params": [slow], "lr": 3e-3}, {"params": [fast], "lr": 8 * 3e-3}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for _ in range(50):
-        weights.grad = torch.randn(2000) + 1.0
+        slow.grad, fast.grad = torch.randn(1000) + 1.0, torch.randn(1000) + 1.0
         optimizer.step()
-    assert float(weights.detach().norm()) <= norm_cap(3e-3, 50, 2000)
+    assert float(slow.detach().norm()) <= norm_cap(3e-3, 50, 1000)
+    assert float(torch.cat([slow, fast]).detach().norm()) <= norm_cap(3e-3, 50, 1000 + 8**2 * 1000)
 
 
 def test_words_of_a_clinic_cannot_write_to_the_terminal() -> None:
