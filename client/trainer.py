@@ -167,7 +167,7 @@ def _attach(base: Path, bits: int, state: adapters.State, alpha: float) -> tuple
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules)
     model = get_peft_model(loaded.model, config)
     model.requires_grad_(False)
-    _fill(model, state, ())
+    _fill(model, state, ())  # an adapter that does not fit is refused before the pictures take their time
     _compute_in_bfloat16(model, loaded)
     return model.train(), loaded
 
