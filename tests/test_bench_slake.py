@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -94,3 +95,37 @@ def test_the_table_holds_each_way_against_both_ways_of_pooling() -> None:
     assert "- ffa: 0.002:1:1 61.2" in text and "| none | 2 | 60.0 [55.0, 65.0] | 50.0 |  |  |  |  |" in text
     last = "| ffa | 2 | 60.0 [55.0, 65.0] | 50.0 | +10.0 [+8.0, +12.0] | 50 % [40, 60] | 90 % [40, 60] | 2 |"
     assert last in text
+
+
+ROUNDS = {"rounds": 3, "steps": 2, "lr": 0.1, "lr_ratio": 1.0, "lr_final": 1.0, "alpha": 4.0, "rank": 4}
+
+
+def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {
+        f"base_model.model.{layer}.lora_{factor}.weight": np.ones((4, 4), np.float32)
+        for layer in "xy"
+        for factor in "AB"
+    }
+    asked: list[int] = []
+
+    def one(case: slake_case.Case, mine: object, state: dict[str, np.ndarray], factor: str, *rest: object) -> object:
+        asked.append(int(str(rest[1])))
+        if asked == [1000, 1000, 1000, 1001]:
+            raise KeyboardInterrupt
+        return {n: a + np.float32(0.3 + 0.01 * asked[-1]) if n[-8] in factor else a for n, a in state.items()}
+
+    monkeypatch.setattr(slake_case, "one", one)
+    monkeypatch.setattr(slake_case, "prepare", lambda *_: None)
+    blank = np.zeros((4, 4, 3), np.uint8)
+    clinics = {n: [Sample(n, blank, "q", "a", "open", n, "slake")] for n in ("ct", "mri", "xray")}
+    case = slake_case.Case("alternating", "modality", 1, "", "", str(tmp_path / "case.json"), ROUNDS)
+    with pytest.raises(KeyboardInterrupt):
+        slake_case.federate(case, clinics, first)
+    resumed, facts = slake_case.federate(case, clinics, first)
+    assert asked == [1000] * 3 + [1001] + [1001] * 3 + [1002] * 3  # the first round was not done again
+    whole, same = slake_case.federate(replace(case, out=str(tmp_path / "whole.json")), clinics, first)
+    assert facts == same and all(np.array_equal(resumed[name], whole[name]) for name in first)
+    other = replace(case, settings={**ROUNDS, "lr": 0.2})
+    assert slake_case.resumed(other, first) == (first, [], [])  # what was kept is of other settings

@@ -7,6 +7,7 @@ them (`scripts/demo` has that). Writes what was answered right into the file tha
 """
 
 import hashlib
+import io
 import json
 import sys
 import time
@@ -15,7 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model.data import Sample
+from server.aggregate import MODES
 
 BATCH = 48  # questions answered together
 LONGEST = 24  # tokens of an answer
@@ -94,13 +98,20 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
     clinics: dict[str, list[Sample]] = {name: [] for name in names(case.split)}
     for sample in samples:
         clinics[clinic_of(sample, case.split)].append(sample)
-    if case.what in ("pooled", "brief"):
+    if case.what not in MODES:
+        mine = samples if case.what in ("pooled", "brief") else clinics[case.what.removeprefix("local ")]
         steps = s["rounds"] * s["steps"] * (len(clinics) if case.what == "pooled" else 1)
-        return one(case, samples, state, "AB", steps, case.seed), {}
-    if case.what.startswith("local "):
-        mine = clinics[case.what.removeprefix("local ")]
-        return one(case, mine, state, "AB", s["rounds"] * s["steps"], case.seed), {}
+        return alone(case, mine, state, steps), {}
     return federate(case, clinics, wire.rounded(state))
+
+
+def alone(case: Case, samples: Sequence[Sample], state: Any, steps: int) -> Any:
+    """Both factors in one training without rounds."""
+    state, done, _ = resumed(case, state)
+    if not done:
+        state = one(case, samples, state, "AB", steps, case.seed)
+        keep(case, state, [0.0], [0.0])
+    return state
 
 
 def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) -> tuple[Any, dict[str, Any]]:
@@ -110,13 +121,14 @@ def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) ->
     from server import aggregate
     from server.strategy import rate_of_round, shares
 
-    s, sent, errors, cut = case.settings, [], [], int(case.settings.get("cut", 0))
+    s, cut = case.settings, int(case.settings.get("cut", 0))
+    state, sent, errors = resumed(case, state)
     patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
     weights = shares(patients)
     lies = [s.get("lie", "")] + [""] * (len(clinics) - 1)
     rows_of = [slake_lies.samples(lie, mine, case.seed) for lie, mine in zip(lies, clinics.values(), strict=True)]
     prepared = [prepare(case, mine, state) for mine in rows_of]
-    for number in range(s["rounds"]):
+    for number in range(len(sent), s["rounds"]):
         state, replies = wire.rounded(state), []
         factor = aggregate.factors_of_round(case.what, number)
         lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
@@ -135,7 +147,31 @@ def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) ->
         errors.append(found.relative_error)
         sent.append(wire.packed_bytes(replies[0], factor))
         state = combined
+        keep(case, state, sent, errors)
     return wire.rounded(state), {"bytes_up": sum(sent) / len(sent), "distance": sum(errors) / len(errors)}
+
+
+def _kept(case: Case) -> Path:
+    return Path(case.out).with_suffix(".npz")
+
+
+def keep(case: Case, state: Any, sent: Sequence[float], errors: Sequence[float]) -> None:
+    """Write down where the rounds are, so that a case that is stopped loses one round at most."""
+    from model.files import write_atomic
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **state, _case=json.dumps(asdict(case)), _sent=sent, _errors=errors)
+    write_atomic(_kept(case), buffer.getvalue())
+
+
+def resumed(case: Case, first: Any) -> tuple[Any, list[float], list[float]]:
+    """Factors, bytes and errors of the rounds done before; `first` and none at the start, or of another case."""
+    if not _kept(case).exists():
+        return first, [], []
+    with np.load(_kept(case)) as file:
+        if json.loads(str(file["_case"])) != asdict(case):
+            return first, [], []
+        return {name: file[name] for name in first}, file["_sent"].tolist(), file["_errors"].tolist()
 
 
 def prepare(case: Case, samples: Sequence[Sample], state: Any) -> Any:
