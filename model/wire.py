@@ -88,6 +88,11 @@ def packed_bytes(state: Mapping[str, np.ndarray], factors: str = "AB") -> int:
     return sum(pack(state, factor).nbytes for factor in factors)
 
 
+def arrived_bytes(record: Mapping[str, Any]) -> int:
+    """Bytes of a message's vectors as they came, without the envelope; the record has passed `unpack`."""
+    return sum(int(np.prod(sent.shape)) * np.dtype(sent.dtype).itemsize for sent in record.values())
+
+
 def unpack(
     record: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: tuple[str, ...] = FACTORS
 ) -> State:

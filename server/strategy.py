@@ -120,7 +120,7 @@ class Gate:
         norm = _distance(arrays, self.ask.state)
         if norm > self.ask.max_norm:
             raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
-        size = wire.packed_bytes(arrays, self.ask.factor)
+        size = wire.arrived_bytes(content.array_records["arrays"])
         if self._spool is not None:
             arrays = self._spool.put(node, arrays)
         return Update(node, clinic, arrays, examples, norm, size, metrics)

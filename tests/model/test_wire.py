@@ -61,6 +61,9 @@ def test_rounded_values_travel_in_half_the_bytes_and_arrive_bit_for_bit(seed: in
     shapes = {name: array.shape for name, array in state.items()}
     arrived = wire.unpack({key: sent(vector) for key, vector in vectors.items()}, shapes)
     assert all(arrived[n].dtype == np.float32 and np.array_equal(arrived[n], state[n]) for n in state)
+    assert wire.arrived_bytes({key: sent(vector) for key, vector in vectors.items()}) == wire.packed_bytes(state)
+    whole = {key: sent(vector.astype(np.float32)) for key, vector in vectors.items()}
+    assert wire.arrived_bytes(whole) == 2 * wire.packed_bytes(state)  # as it came, not as it could have come
 
 
 def test_what_16_bits_cannot_hold_is_refused_by_the_sender() -> None:
