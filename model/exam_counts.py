@@ -14,6 +14,7 @@ from typing import Any
 
 from model import calibration
 
+LEAST_ROWS, LEAST_GROUPS = 20, 3  # with fewer nothing leaves a clinic: a single picture has no spread to judge by
 MAX_ROWS = 100_000  # more than a clinic's sealed set holds; a larger number is not believed
 _NUMBERS = ("bits", "rows", "groups", "squares")
 _PAIRS = ("installed", "base", "reliance", "seen")
@@ -120,6 +121,8 @@ def _check(found: Counts) -> None:
     rows, groups = found.rows, found.groups
     if rows > MAX_ROWS or groups > rows:
         raise CountsWrong(f"{rows} rows of {groups} pictures are not believed")
+    if rows < LEAST_ROWS or groups < LEAST_GROUPS:
+        raise CountsWrong(f"{rows} rows of {groups} pictures are fewer than {LEAST_ROWS} of {LEAST_GROUPS}")
     if not rows * rows <= found.squares * groups or found.squares > (rows - groups + 1) ** 2 + groups - 1:
         raise CountsWrong("the sizes of the pictures do not fit the rows")
     for name in _PAIRS:

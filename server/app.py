@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from server import rounds, settings
+from server import pulling, rounds, settings
 from server.alone import alone
 from server.events import Events
 from server.strategy import plain
@@ -19,6 +19,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the rounds of this configuration; a fault ends the run with one plain sentence in the log."""
+    pulling.mend()
     chosen = settings.read(context.run_config)
     root = Path(chosen.checkpoint_dir).expanduser()
     with alone(root):  # a refusal here is not written into the events of the run that is at work

@@ -17,10 +17,11 @@ class Events:
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / FILE
 
-    def add(self, event: str, **values: Any) -> None:
-        """Append one event with its time (UTC)."""
+    def add(self, event: str, /, **values: Any) -> None:
+        """Append one event with its time (UTC); of `values` neither can replace the event's own name and time."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"at": now, "event": event, **values}, allow_nan=False)
+        own = {"at": now, "event": event}
+        line = json.dumps(own | values | own, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as out:
             out.write(line + "\n")
             out.flush()

@@ -87,10 +87,10 @@ def counted(message: Any, digest: str) -> Counts | str:
     for record in message.content.config_records.values():
         if "refused" in record:
             return plain(str(record["refused"]))
-    records = message.content.metric_records
-    if set(records) != {"counts"} or set(message.content) != {"counts", "config"}:
+    records, configs = message.content.metric_records, message.content.config_records
+    if set(records) != {"counts"} or set(configs) != {"config"} or len(message.content) != 2:
         return "the reply does not hold one record of counts"
-    if str(message.content.config_records["config"].get("sha256")) != digest:
+    if str(configs["config"].get("sha256")) != digest:
         return "the reply is about another adapter"
     try:
         return exam_counts.read(records["counts"])

@@ -21,6 +21,7 @@ from server import publish
 from server.aggregate import factors_of_round
 from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
+from server.pulling import Pulls, largest
 from server.settings import Settings, SettingsRejected
 from server.spool import Spool
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap, rate_of_round
@@ -54,15 +55,23 @@ class Federation:
         """
         if self.settings.rollback:
             return self._roll_back()
-        now = self._start()
-        for number in range(now.round + 1, self.settings.num_server_rounds + 1):
+        now, last = self._start(), self.settings.num_server_rounds
+        if now.round > last:
+            raise SettingsRejected(f"num-server-rounds is {last}, but {now.round} rounds are done; set it to more.")
+        if self._due(now.round) and not publish.decided(self.office, now):  # a crash came between round and release
+            publish.release_now(self.office, now)
+        for number in range(now.round + 1, last + 1):
             now = self._round(number, now)
-            every = self.settings.release_every
-            if every and number % every == 0 and number < self.settings.num_server_rounds:
+            if self._due(number):
                 publish.release_now(self.office, now)
         publish.release_now(self.office, now)
         self.events.add("finished", round=now.round, updates=now.updates)
         return now
+
+    def _due(self, number: int) -> bool:
+        """Whether a release follows this round, before the one at the end."""
+        every = self.settings.release_every
+        return bool(every and number and number % every == 0 and number < self.settings.num_server_rounds)
 
     def _roll_back(self) -> RoundCheckpoint:
         """Bring an earlier release to the clinics again; the rounds stay where they are."""
@@ -166,8 +175,9 @@ class Federation:
             if isinstance(got, Rejection):
                 self.events.add("rejected", round=ask.round, clinic=got.clinic, reason=got.reason)
             elif isinstance(got, Update):
-                values = {"examples": got.examples, "norm": round(got.norm, 4), "bytes": got.bytes, **got.metrics}
-                self.events.add("accepted", round=ask.round, clinic=got.clinic, **values)
+                own = {"round": ask.round, "clinic": got.clinic, "examples": got.examples}
+                own |= {"norm": round(got.norm, 4), "bytes": got.bytes}
+                self.events.add("accepted", **{**got.metrics, **own})  # a metric's name is the clinic's choice
 
     def _replies(
         self, content: RecordDict, kind: str, clinics: Mapping[int, str], number: int, seconds: float
@@ -182,15 +192,16 @@ class Federation:
         messages = [Message(content, node, kind, ttl=ttl, group_id=str(number)) for node in nodes]
         sent = zip(self.grid.push_messages(messages), nodes, strict=False)
         waiting = {message_id: node for message_id, node in sent if message_id}
-        while waiting:
-            for message_id, node in list(waiting.items()):
-                reply = self._pull(message_id)
-                if reply is not None:
-                    del waiting[message_id]
-                    yield node, reply
-            if not waiting or self.clock() >= end:
-                return
-            self.sleep(POLL)
+        pulls = Pulls(self._pull, end - self.clock(), largest(content))
+        try:
+            while waiting:
+                for message_id, reply in pulls.sweep(list(waiting)):
+                    yield waiting.pop(message_id), reply
+                if not waiting or self.clock() >= end:
+                    return
+                self.sleep(POLL)
+        finally:
+            pulls.close()
 
     def _pull(self, message_id: str) -> Message | Exception | None:
         """The reply to one message, None while there is none, or the exception that its content caused."""

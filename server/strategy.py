@@ -20,6 +20,7 @@ from server.checkpoint import Contribution, Rejection
 from server.spool import Spool
 
 MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
+MAX_METRIC = 1e300  # a whole number beyond it, which a stick can carry, is no number for a chart or a sum
 MAX_METRICS = 64  # entries of a metric record; more is noise or an attempt to fill the disk
 WEIGHT_CAP = 2.0  # times the median number of examples: one large hospital must not own the model
 REASON_LENGTH = 300  # characters of a clinic's own words that are kept
@@ -79,6 +80,8 @@ class Gate:
             update = self._open(node, clinic, message)
         except AdapterRejected as error:
             return self._reject(clinic, str(error))
+        except Exception as error:  # whatever nobody thought of: one reply must never end the run
+            return self.unreadable(node, error)
         self.updates[node] = update
         return update
 
@@ -133,7 +136,7 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         str(key)[:60]: value
         for key, value in record.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
+        if isinstance(value, (int, float)) and abs(value) < math.inf and abs(value) <= MAX_METRIC
     }
 
 
@@ -159,8 +162,11 @@ def plain(text: str) -> str:
 
 
 def shares(examples: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
-    """Share of each clinic in the mean: its examples, at most `cap` times the median, divided by the sum."""
-    limit = cap * float(np.median(examples))
+    """Share of each clinic in the mean: its examples, at most `cap` times the lower median, divided by the sum.
+
+    The lower one: of two clinics the median is their mean, twice of which bounds neither.
+    """
+    limit = cap * float(sorted(examples)[(len(examples) - 1) // 2])
     capped = [min(float(n), limit) for n in examples]
     return [n / sum(capped) for n in capped]
 

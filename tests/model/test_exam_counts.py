@@ -57,10 +57,17 @@ def changed(name: str, value: Any) -> dict[str, Any]:
     return {**counts().record(), name: value}
 
 
+def one_picture() -> dict[str, Any]:
+    """Counts of thirty questions on one picture, which fit each other and have no spread to judge by."""
+    alike, same = Marks([True] * 30, [0.5] * 30, [True] * 30), ["p"] * 30
+    return dict(exam.count(alike, alike, alike, same, 4).record())
+
+
 BAD: dict[str, dict[str, Any]] = {
     "a fraction": changed("rows", 300.0),
     "truth": changed("rows", True),
     "no rows": changed("rows", 0),
+    "a single picture": one_picture(),
     "more rows than believed": changed("rows", 10**9),
     "more pictures than rows": changed("groups", 301),
     "sizes that do not fit": changed("squares", 299),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import adapters, wire
 from server import checkpoint as store
-from server import rounds
+from server import events, rounds, strategy
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap, plain, rate_of_round, shares
 from tests.server import fakes
 from tests.server.bad_replies import BAD
@@ -48,6 +48,36 @@ def test_a_bad_reply_is_rejected_with_its_reason_and_the_others_count(
     evidence = json.loads((tmp_path / "releases/round-00001/release.json").read_text())
     assert evidence["rejected"][0]["clinic"] == "clinic-5"
     assert "clinic-5" not in evidence["contributed"]
+
+
+def test_a_metric_under_a_name_of_the_servers_own_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("round", "clinic", "event", "self", "at", "examples", "norm", "bytes")
+
+    def odd(node: int, message: Message) -> RecordDict:
+        content = fakes.reply(fakes.moved(message, 0.01), fakes.asked(message)[0])
+        for name in names:
+            content["metrics"][name] = -7.0
+        return content
+
+    after = one_round(tmp_path, {1: honest(), 2: honest(), 3: odd}, monkeypatch)
+    assert len(after.accepted) == 3
+    rows = [row for row in events.read(tmp_path)[0] if row.get("clinic") == "clinic-3" and row["event"] == "accepted"]
+    assert [(row["round"], row["examples"]) for row in rows] == [(1, 10)]
+    assert rows[0]["norm"] > 0 and rows[0]["bytes"] > 0 and "T" in rows[0]["at"]
+
+
+def test_whatever_nobody_thought_of_is_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGrid({})
+    gate, message = Gate(_ask({7: "north"})), _message(7)
+    monkeypatch.setattr(type(gate), "_open", lambda *_: 1 // 0)
+    found = gate.take(7, message)
+    assert isinstance(found, store.Rejection) and "ZeroDivisionError" in found.reason and not gate.updates
+
+
+def test_a_number_too_large_for_a_float_is_no_metric() -> None:
+    assert strategy._metrics({"a": 10**400, "b": float("nan"), "c": -2, "d": float("-inf")}) == {"c": -2}
 
 
 @pytest.mark.parametrize("kind", ["NaN weight", "no examples", "no reply"])
@@ -173,7 +203,7 @@ def test_the_mean_is_numpys_and_the_order_plays_no_part(examples: list[int], see
     mean, rows = found.state, found.accepted
     shuffled = aggregate([updates[i] for i in order if i < len(updates)], {}).state
     assert np.array_equal(mean["w"], shuffled["w"])
-    capped = np.minimum(examples, 2 * np.median(examples))
+    capped = np.minimum(examples, 2 * np.percentile(examples, 50, method="lower"))
     reference = np.average([u.arrays["w"].astype(np.float64) for u in updates], axis=0, weights=capped)
     np.testing.assert_allclose(mean["w"], reference, atol=1e-6)
     assert sum(row.weight for row in rows) == pytest.approx(1.0)
@@ -214,6 +244,7 @@ def test_averaging_both_factors_at_once_would_not_be_exact() -> None:
 def test_a_large_clinic_weighs_at_most_twice_the_median() -> None:
     assert shares([10, 10, 1000]) == pytest.approx([0.25, 0.25, 0.5])
     assert shares([5]) == [1.0]
+    assert shares([1_000_000, 100]) == pytest.approx([2 / 3, 1 / 3])  # the mean of two would bound neither
 
 
 def test_one_reply_moves_the_mean_by_at_most_its_share_of_the_cap() -> None:
