@@ -115,7 +115,10 @@ def register(name: str, public_key: Path, folder: Path, state: Path, link_port: 
 def rounds(
     folder: Path, state: Path, link_port: int, out: Path | None, values: tuple[str, ...], show: bool, as_json: bool
 ) -> None:
-    """Submit a run to the started server and show its rounds; a stopped run goes on where it was."""
+    """Submit a run to the started server and show its rounds; a stopped run goes on where it was.
+
+    It goes on with the settings it had, but for those that --set names.
+    """
     from server import link as links
     from server import settings, signing
 
@@ -125,10 +128,23 @@ def rounds(
         return
     link = links.Link(folder.resolve(), state.resolve(), link_port)
     root = (out or state / "rounds").resolve()
-    config = {"checkpoint-dir": str(root), **dict(_value(text) for text in values)}
+    given = dict(_value(text) for text in values)
+    config = {**so_far(root, given), "checkpoint-dir": str(root), **given}
     _guard(lambda: settings.read({**{n: d for n, (d, _) in settings.names().items()}, **config}))
     config.setdefault("signing-key", str(_guard(lambda: signing.signing_key(folder.resolve()))))
     _guard(lambda: _follow(link, root, config, as_json))
+
+
+def so_far(root: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the rounds that are there already, told where they are not the defaults."""
+    from server import runs, settings
+
+    number, found = runs.settings_so_far(root)
+    odd = {n: v for n, v in found.items() if n not in given and v != settings.names()[n][0]}
+    if odd:
+        words = ", ".join(f"{name} {value}" for name, value in odd.items())
+        click.echo(f"Going on after round {number} with its settings: {words}.", err=True)
+    return found
 
 
 def _value(text: str) -> tuple[str, Any]:
@@ -148,7 +164,7 @@ def _value(text: str) -> tuple[str, Any]:
 
 def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> None:
     """Submit, then print events as they come until the run has ended. Raises LinkError when it failed."""
-    from server import events
+    from server import events, runs
     from server import link as links
     from server.alone import alone
 
@@ -157,7 +173,7 @@ def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> Non
             pass  # whoever was at work here has ended
     path = root / events.FILE
     place = path.stat().st_size if path.exists() else 0
-    run_id = links.submit(link, config)
+    run_id = runs.submit(link, config)
     asked, ended = time.monotonic(), ""
     while True:
         new, place = events.read(root, place)
@@ -171,7 +187,7 @@ def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> Non
             log = link.state / "superlink.log"
             raise links.LinkError(f"The run ended before its rounds were done ({ended}); the end of {log} says why.")
         if not new and time.monotonic() - asked > 10:
-            status = links.run_status(link, run_id)  # takes seconds: events written meanwhile are read once more
+            status = runs.run_status(link, run_id)  # takes seconds: events written meanwhile are read once more
             asked, ended = time.monotonic(), status if status.startswith("finished") else ""
         time.sleep(0.3)
 

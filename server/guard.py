@@ -16,6 +16,7 @@ from pathlib import Path
 KEY, TIMESTAMP = b"flwr-public-key", b"flwr-timestamp"
 WINDOW = 330.0  # seconds: Flower takes a signed time 305 s after it was signed, and one 5 s ahead
 MOST = 100_000  # signed times remembered; 64 connections polling every 3 s come to about 7,000
+LONGEST_KEY, LONGEST_TIME = 2048, 64  # bytes: what is remembered of strangers must stay small
 FILE = "revoked.json"
 
 
@@ -44,6 +45,8 @@ class Guard:
             return 400, "A call carries one key and one time."
         if not keys:
             return None
+        if len(keys[0]) > LONGEST_KEY or any(len(value) > LONGEST_TIME for value in times):
+            return 400, "The key or the time is longer than any is."
         try:
             key = b64decode(keys[0], validate=True)
         except binascii.Error:

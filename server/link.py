@@ -1,7 +1,7 @@
 """The SuperLink and the proxy in front of it: checked, started together, and stopped together.
 
-Also the few calls of Flower's own command line that a coordinator needs (register a key, submit a run, its state).
-Everything Flower would send home or install by itself is switched off here. Not here: starting at boot (systemd does).
+Also the way to Flower's own command line, and the registration of keys through it. Everything Flower would send home or
+install by itself is switched off here. Not here: runs (`server.runs`), and starting at boot (systemd does).
 """
 
 import asyncio
@@ -33,7 +33,6 @@ SILENT = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(128 << 10),  # bytes that a cut costs a clinic: 4 s at 256 kbit/s
 }
-APP_PACKAGES = ("server", "client")
 
 
 class LinkError(RuntimeError):
@@ -226,10 +225,17 @@ def flwr(link: Link, *arguments: str, seconds: float = 120.0) -> str:
 
 def register(link: Link, name: str, public_key: Path) -> None:
     """Let the clinic with this public key take part. Raises LinkError."""
-    answer = parsed(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
-    if answer.get("success") is False:
-        raise LinkError(f"{name} was not registered: {answer.get('error-message', answer)}")
-    registry.remember(link.state, name, public_key.read_text(encoding="utf-8").strip(), str(answer.get("node-id", "")))
+    key = public_key.read_text(encoding="utf-8").strip()
+    try:
+        answer = parsed(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
+        if answer.get("success") is False:
+            raise LinkError(f"{name} was not registered: {answer.get('error-message', answer)}")
+        node = str(answer.get("node-id", ""))
+    except LinkError:  # after a power cut in between, the SuperLink knows a key that is not in our table
+        node = registry.known_to_superlink(link.state, key)
+        if not node:
+            raise
+    registry.remember(link.state, name, key, node)
 
 
 def register_all(link: Link) -> list[str]:
@@ -241,52 +247,6 @@ def register_all(link: Link) -> list[str]:
             register(link, public_key.parent.name, public_key)
             new.append(public_key.parent.name)
     return new
-
-
-def stage(link: Link) -> Path:
-    """A clean folder with exactly what travels to the clinics: pyproject.toml, server/**/*.py, client/**/*.py."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / "pyproject.toml").exists():
-        raise LinkError(f"{root / 'pyproject.toml'} is not here; install Afya from its repository (pip install -e .).")
-    target = link.state / "bundle" / "afya"
-    shutil.rmtree(target, ignore_errors=True)
-    for package in APP_PACKAGES:
-        for source in sorted((root / package).rglob("*.py")):
-            copy = target / source.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
-    shutil.copyfile(root / "pyproject.toml", target / "pyproject.toml")
-    return target
-
-
-def require_started(link: Link) -> None:
-    """Raise LinkError where no server was ever started: Flower would start one of its own, without TLS and clinics."""
-    if not (link.state / "flower" / "config.toml").is_file():
-        raise LinkError(f"No server was started with {link.state} yet; run `afya-server start` first.")
-
-
-def submit(link: Link, config: dict[str, Any]) -> int:
-    """Submit a run with this run configuration; returns its number. Raises LinkError."""
-    require_started(link)
-    folder = stage(link)
-    file = link.state / "bundle" / "run.toml"
-    lines = [f"{name} = {_toml(value)}" for name, value in config.items()]
-    write_atomic(file, ("\n".join(lines) + "\n").encode())
-    answer = parsed(flwr(link, "run", str(folder), "--run-config", str(file), "--format", "json"))
-    if not answer.get("success") or "run-id" not in answer:
-        raise LinkError(f"The run was not accepted: {answer.get('error-message', answer)}")
-    return int(answer["run-id"])
-
-
-def run_status(link: Link, run_id: int) -> str:
-    """State of a run in Flower's words: "running", "finished:completed", "finished:failed" and so on."""
-    answer = parsed(flwr(link, "list", "--run-id", str(run_id), "--format", "json"))
-    rows = answer.get("runs") or []
-    return str(rows[0].get("status", "unknown")) if rows else "unknown"
-
-
-def _toml(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (str, bool, int)) else repr(value)
 
 
 def parsed(text: str) -> dict[str, Any]:

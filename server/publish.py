@@ -134,6 +134,7 @@ def conclude(office: Office, folder: Path, record: dict[str, Any]) -> Path | Non
     if refused:
         office.events.add("not-released", round=record["round"], reason=record["summary"], folder=str(target))
         return None
+    shutil.rmtree(office.root / "refused" / folder.name, ignore_errors=True)  # examined anew, and no longer so
     names = ("serial", "round", "adapter_sha256", "issued_at", "kind", "verdict")
     rows = [*issued, {name: record[name] for name in names}]
     write_atomic(office.releases / ISSUED, (json.dumps(rows, indent=1) + "\n").encode())
@@ -143,13 +144,24 @@ def conclude(office: Office, folder: Path, record: dict[str, Any]) -> Path | Non
 def _move(folder: Path, target: Path) -> None:
     """Put a whole folder in the place of another one, which is gone only when the new one is there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    former = target.with_name(f".{target.name}.former")
+    settle(target)
+    former = _former(target)
     shutil.rmtree(former, ignore_errors=True)
     if target.exists():
         os.rename(target, former)
     os.rename(folder, target)
     sync_folder(target.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _former(target: Path) -> Path:
+    return target.with_name(f".{target.name}.former")
+
+
+def settle(target: Path) -> None:
+    """Put a folder back that a power cut left under its former name, between the two renames of `_move`."""
+    if not target.exists() and _former(target).is_dir():
+        os.rename(_former(target), target)
 
 
 def history(office: Office) -> list[dict[str, Any]]:
@@ -167,6 +179,7 @@ def current(office: Office) -> Path | None:
     """Folder of the last release as it was signed, None when there is none that is sound."""
     for row in reversed(history(office)):
         folder = office.releases / f"round-{row['round']:05d}"
+        settle(folder)
         try:
             if adapters.sha256(folder) == row["adapter_sha256"]:
                 return folder
@@ -196,12 +209,38 @@ def bring(office: Office, folder: Path, record: Mapping[str, Any]) -> None:
         office.events.add("not-installed", clinic=name, detail="no reply before the deadline")
 
 
+def decided(office: Office, now: RoundCheckpoint) -> bool:
+    """Whether an adapter of this round was released or refused already."""
+    rows = [row for row in history(office) if row["round"] == now.round]
+    return bool(rows) or (office.root / "refused" / f"round-{now.round:05d}").is_dir()
+
+
+def refused_before(office: Office, folder: Path) -> str:
+    """Why this very adapter was refused when it was examined last; empty where it never was."""
+    try:
+        text = (office.root / "refused" / folder.name / passport.FILE).read_text(encoding="utf-8")
+        record = passport.read(text)[0]
+    except (OSError, ValueError):
+        return ""
+    same = record.get("adapter_sha256") == adapters.sha256(folder)
+    return str(record["summary"]) if same and record.get("places") else ""
+
+
 def release_now(office: Office, now: RoundCheckpoint) -> None:
     """Examine, then release or refuse, the adapter of a checkpoint."""
     if now.updates == 0:
         office.events.add("not-released", round=now.round, reason="no round has changed the factors yet")
         return
     folder, record = examined_candidate(office, now)
+    if (
+        record["verdict"] == "not examined"
+        and office.settings.gate != "off"
+        and (words := refused_before(office, folder))
+    ):
+        shutil.rmtree(folder)
+        reason = f"It was refused before, and nobody could examine it again: {words}"
+        office.events.add("not-released", round=now.round, reason=reason)
+        return
     target = conclude(office, folder, record)
     if target is not None:
         bring(office, target, record)
@@ -222,13 +261,16 @@ def rollback(office: Office, to: int) -> None:
         listed = ", ".join(map(str, rounds)) or "none"
         raise SettingsRejected(f"There is no such earlier release in {office.releases}; releases of rounds: {listed}.")
     source = office.releases / f"round-{wanted:05d}"
+    settle(source)
     record = passport.read((source / passport.FILE).read_text(encoding="utf-8"))[0]
     known = [row["adapter_sha256"] for row in issued if row["round"] == wanted]
     if adapters.sha256(source) not in known:
         raise SettingsRejected(f"{source} is not what was released; restore it from a copy or choose another round.")
     folder = office.root / "candidates" / source.name
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder)
+    folder.mkdir(parents=True)
+    for file in source.iterdir():  # onto the disk, since the copy soon takes the place of the only other one
+        write_atomic(folder / file.name, file.read_bytes())
     record = {**record, "kind": "rollback", "summary": f"Rolled back from round {now}. First: {record['summary']}"}
     target = conclude(office, folder, record)
     assert target is not None

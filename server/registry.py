@@ -5,6 +5,8 @@ Files under the state folder, each written whole. Not here: registering and revo
 """
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from model.files import write_atomic
@@ -20,6 +22,21 @@ def registered(state: Path) -> dict[str, str]:
 def node_id(state: Path, public_key: str) -> str:
     """Number under which the SuperLink knows a public key; empty when it was never registered here."""
     return _read(state / NODES).get(public_key, "")
+
+
+def known_to_superlink(state: Path, public_key: str) -> str:
+    """Number of the key in the SuperLink's own database (Flower 1.41); empty when it is not there, or shut out."""
+    from cryptography.hazmat.primitives import serialization as s
+
+    key = s.load_ssh_public_key(public_key.encode())
+    pem = key.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    question = "SELECT node_id FROM node WHERE public_key = ? AND unregistered_at IS NULL"
+    try:
+        with closing(sqlite3.connect(f"file:{state / 'superlink.db'}?mode=ro", uri=True)) as database:
+            row = database.execute(question, (pem,)).fetchone()
+    except sqlite3.Error:
+        return ""
+    return str(int(row[0]) % 2**64) if row else ""  # stored as a signed number
 
 
 def remember(state: Path, name: str, public_key: str, node: str) -> None:

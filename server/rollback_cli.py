@@ -28,7 +28,7 @@ def rollback(
     to: int | None, folder: Path, state: Path, link_port: int, out: Path | None, yes: bool, as_json: bool
 ) -> None:
     """Bring an earlier release to the clinics again; the server must be started."""
-    from server import cli, signing
+    from server import cli, runs, signing
     from server import link as links
 
     if not yes:
@@ -37,7 +37,7 @@ def rollback(
     link = links.Link(folder.resolve(), state.resolve(), link_port)
     root = (out or state / "rounds").resolve()
     config = {"checkpoint-dir": str(root), "rollback": to or -1}
-    cli.guard(lambda: links.require_started(link))
+    cli.guard(lambda: runs.require_started(link))
     cli.guard(lambda: config.update({"signing-key": str(signing.signing_key(folder.resolve()))}))
     cli.guard(lambda: cli._follow(link, root, config, as_json))
     click.echo(f"Done in {time.monotonic() - start:.1f} s.", err=as_json)

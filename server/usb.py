@@ -8,7 +8,7 @@ the whole call before anything has changed, so that a person can sort it out. No
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,7 @@ def take(link: Link, root: Path, paths: Sequence[Path]) -> RoundCheckpoint:
     clinics, (now, _) = _clinics(link), store.latest(root)
     number = now.round + 1 if now else 1
     asked, wanted = _issued(root / FOLDER / _name(number), number)
+    asked = replace(asked, checkpoint_dir=str(root))  # the folder may have moved to another computer since
     if len(clinics) < asked.quorum:
         raise BundleRejected(f"There are {len(clinics)} clinics, and a round needs {asked.quorum}; register more.")
     keys = {key: name for name, key in _keys(link).items()}

@@ -39,8 +39,9 @@ def export_round(file: Path, folder: Path, state: Path, out: Path | None, values
     from server import cli, settings, usb
     from server.link import Link
 
-    config = dict(cli._value(text) for text in values)
-    chosen = _guard(lambda: settings.read({**config, "checkpoint-dir": str((out or state / "rounds").resolve())}))
+    root, given = (out or state / "rounds").resolve(), dict(cli._value(text) for text in values)
+    config = {**cli.so_far(root, given), **given, "checkpoint-dir": str(root)}
+    chosen = _guard(lambda: settings.read(config))
     number = _guard(lambda: usb.issue(Link(folder.resolve(), state.resolve()), chosen, file))
     click.echo(f"Round {number} is in {file}; the clinics' replies go to `afya-server import-round FILE...`.")
 
@@ -76,8 +77,14 @@ def import_round(files: tuple[Path, ...], folder: Path, state: Path, out: Path |
 def export_release(file: Path, folder: Path, state: Path, out: Path | None) -> None:
     """Write the newest release to FILE, with its passport; the last round is examined first if it was not."""
     from server import usb_release
+    from server.alone import alone
     from server.link import Link
 
     root = (out or state / "rounds").resolve()
-    found = _guard(lambda: usb_release.send(Link(folder.resolve(), state.resolve()), root, file))
+
+    def send() -> Path:
+        with alone(root, wait=0):
+            return usb_release.send(Link(folder.resolve(), state.resolve()), root, file)
+
+    found = _guard(send)
     click.echo(f"The release of {found.name} is in {file}; clinics run `afya-client import-release FILE`.")

@@ -23,7 +23,7 @@ from scripts.soak_parts.deployment import Deployment, NotSurvived, end
 from scripts.soak_parts.report import Outcome
 from scripts.soak_parts.schedule import Case
 from scripts.soak_parts.town import HONEST, LATER, PATIENCE, Town
-from server import certs, link, members, registry
+from server import certs, link, members, registry, runs
 
 SHUT_OUT = LATER[1]
 SECONDS = 60.0  # longest time a stranger's SuperNode may take to give up
@@ -140,7 +140,7 @@ def _flwr(now: Deployment) -> str:
     """Flower's own command line, with the authority's certificate, at the clinics' door."""
     side = link.Link(now.out / "certs", now.out / "attacker", int(now.server.rpartition(":")[2]))
     link.configure(side)
-    for command in (("list",), ("run", str(link.stage(side)))):
+    for command in (("list",), ("run", str(runs.stage(side)))):
         try:
             link.flwr(side, *command, seconds=SECONDS)
         except link.LinkError:

@@ -19,7 +19,7 @@ import click
 from client import node
 from scripts.federation import Local, family, free_ports
 from scripts.soak_parts.line import END, RESET, Line
-from server import certs, link
+from server import certs, link, runs
 
 APP = """[project]
 name = "vector"
@@ -93,7 +93,7 @@ class Office:
         while not report.exists() and time.monotonic() < end:
             meanwhile()
             time.sleep(0.1)
-        found = json.loads(report.read_text()) if report.exists() else {"error": link.run_status(self.link, run)}
+        found = json.loads(report.read_text()) if report.exists() else {"error": runs.run_status(self.link, run)}
         if found["error"] or not found["whole"]:
             raise TransferFailed(f"{found['error'] or 'other bytes'}\n{self.local.tail('away.log')}")
         after = (self.line.bytes_down, self.line.bytes_up, self.line.cuts, self.line.connections)

@@ -222,6 +222,15 @@ def test_a_revoked_clinic_that_takes_part_is_thrown_out(running: Server, tmp_pat
         child.wait()
 
 
+def test_a_key_that_only_the_superlink_knows_after_a_power_cut_is_taken_up_again(running: Server) -> None:
+    side = link.Link(running.certs, running.state, running.local.ports[1])
+    known, number = registry.registered(running.state)["south"], running.node("south")
+    registry.forget(running.state, "south")
+    (running.state / registry.NODES).unlink()
+    assert link.register_all(side) == ["south"]
+    assert registry.registered(running.state)["south"] == known and running.node("south") == number
+
+
 def _nodes(running: Server, number: int) -> str:
     """What the SuperLink says about one node."""
     side = link.Link(running.certs, running.state, running.local.ports[1])
@@ -249,6 +258,9 @@ def test_signed_times_are_forgotten_when_flower_would_refuse_them_anyway(tmp_pat
     assert door.refusal([(b"Flwr-Public-Key", b64encode(b"k")), (b"FLWR-TIMESTAMP", b"t")]) is not None
     assert door.refusal([*rows, (b"flwr-timestamp", b"u")]) == (400, "A call carries one key and one time.")
     assert door.refusal([(b"flwr-public-key", b"not base64!")]) == (400, "The key is not readable.")
+    longer = (400, "The key or the time is longer than any is.")
+    assert door.refusal([(b"flwr-public-key", b64encode(bytes(10_000))), rows[1]]) == longer
+    assert door.refusal([rows[0], (b"flwr-timestamp", b"2" * 10_000)]) == longer
     now[0] = guard.WINDOW + 1
     assert door.refusal(rows) is None
     assert len(door._seen) == 1

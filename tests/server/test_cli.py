@@ -2,12 +2,16 @@
 
 import json
 import socket
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from server import certs, link
+from server import checkpoint as store
 from server.cli import main, sentence
+from tests.server.fakes import first, settings
 
 
 def call(*arguments: str) -> tuple[int, str]:
@@ -41,6 +45,19 @@ def test_settings_are_listed_and_checked(tmp_path: Path) -> None:
     assert call("rounds", "--set", "rank=many")[0] == 2
     code, text = call("rounds", "--state", str(tmp_path), "--set", "rank=0")
     assert code == 1 and "rank = 0 is not between 1 and 256" in text
+
+
+def test_a_stopped_run_goes_on_with_its_own_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from server import cli
+
+    assert cli.so_far(tmp_path, {}) == {} and not capsys.readouterr().err
+    was = settings(tmp_path, tmp_path, num_server_rounds=24, lr=0.004, rollback=0, signing_key="old")
+    store.save(tmp_path, replace(first(), round=3, config=asdict(was)))
+    found = cli.so_far(tmp_path, {"lr": 0.002})
+    assert (found["num-server-rounds"], found["lr"], found["gate"]) == (24, 0.004, "auto")
+    assert not {"checkpoint-dir", "signing-key", "rollback"} & set(found)
+    said = capsys.readouterr().err
+    assert "after round 3" in said and "num-server-rounds 24" in said and "lr 0.004" not in said and "gate" not in said
 
 
 def test_the_superlink_is_started_with_the_safe_flags_only(tmp_path: Path) -> None:

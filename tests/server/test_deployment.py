@@ -14,7 +14,7 @@ import pytest
 from client import node
 from model import adapters, phantoms
 from scripts.federation import Local, family, free_ports
-from server import certs, link
+from server import certs, link, runs
 from tests.client.clinic import fill
 
 CLINICS = ("north", "south", "west")
@@ -56,7 +56,7 @@ def _control_api_is_refused(local: Local, tmp_path: Path) -> None:
     home = tmp_path / "attacker"
     side = link.Link(local.out / "certs", home, int(local.server.rpartition(":")[2]))
     link.configure(side)
-    for command in (("list",), ("supernode", "list"), ("run", str(link.stage(side)))):
+    for command in (("list",), ("supernode", "list"), ("run", str(runs.stage(side)))):
         with pytest.raises(link.LinkError, match=r"flwr .* failed"):
             link.flwr(side, *command, seconds=60)
     import ssl

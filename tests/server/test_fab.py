@@ -4,7 +4,8 @@ import io
 import zipfile
 from pathlib import Path
 
-from server.link import Link, stage
+from server.link import Link
+from server.runs import stage
 from tests.conftest import REPOSITORY
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server import cli, link
+from server import cli, link, runs
 from server.events import Events
 
 
@@ -15,7 +15,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time that runs fast, so that the state is asked for at once."""
     moments = iter(range(0, 100_000, 20))
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(moments), sleep=lambda seconds: None))
-    monkeypatch.setattr(link, "submit", lambda *_: 7)
+    monkeypatch.setattr(runs, "submit", lambda *_: 7)
 
 
 def follow(root: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Any) -> None:
@@ -23,7 +23,7 @@ def follow(root: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Any) -> None:
         meanwhile()
         return "finished:completed"
 
-    monkeypatch.setattr(link, "run_status", status)
+    monkeypatch.setattr(runs, "run_status", status)
     cli._follow(SimpleNamespace(state=root), root, {}, True)
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_ended_without_a_word_is_told(tmp_path: Path, monkeypatch: py
 
 def test_nothing_is_submitted_before_the_server_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower would start a server of its own, without TLS, and run the rounds there."""
-    monkeypatch.setattr(link, "flwr", lambda *_, **__: pytest.fail("Flower was called"))
+    monkeypatch.setattr(runs, "flwr", lambda *_, **__: pytest.fail("Flower was called"))
     with pytest.raises(link.LinkError, match="afya-server start"):
-        link.submit(link.Link(tmp_path / "certs", tmp_path / "state"), {})
+        runs.submit(link.Link(tmp_path / "certs", tmp_path / "state"), {})
     assert not (tmp_path / "state").exists()

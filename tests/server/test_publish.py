@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from model import adapters, exam, passport
 from model.exam import Marks
 from server import checkpoint as store
-from server import events, rounds, signing
+from server import events, publish, rounds, signing
 from server.settings import SettingsRejected
 from tests.server import fakes
 from tests.server.fakes import Clock, FakeGrid, honest
@@ -115,6 +115,45 @@ def test_without_evidence_the_setting_decides_and_the_passport_says_so(tmp_path:
     assert "gate is off" in record(tmp_path, 3)["summary"]
 
 
+def test_a_refusal_stays_when_nobody_can_examine_again(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path, tiny, Clinics({2: 0.4}), num_server_rounds=2, release_every=1)
+    assert issued(tmp_path) == [(1, "release")] and (tmp_path / "rounds/refused/round-00002").is_dir()
+    silent = FakeGrid({node: honest(0.01) for node in (1, 2, 3)})
+    run(tmp_path, tiny, silent, num_server_rounds=2)
+    assert issued(tmp_path) == [(1, "release")]
+    last = happened(tmp_path, "not-released")[-1]
+    assert last["round"] == 2 and "refused before" in last["reason"] and "beyond chance" in last["reason"]
+    run(tmp_path, tiny, Clinics({2: 0.9}), num_server_rounds=2)  # examined again, and better
+    assert issued(tmp_path) == [(1, "release"), (2, "release")]
+    assert not (tmp_path / "rounds/refused/round-00002").exists()
+
+
+def test_a_release_that_a_crash_left_out_is_made_up_for(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "release_now", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, tiny, Clinics({}), num_server_rounds=4, release_every=2)
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=4, release_every=2)
+    assert issued(tmp_path) == [(2, "release"), (4, "release")]
+
+
+def test_fewer_rounds_than_are_done_is_no_run(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=3)
+    with pytest.raises(SettingsRejected, match="3 rounds are done"):
+        run(tmp_path, tiny, Clinics({}), num_server_rounds=2)
+    assert issued(tmp_path) == [(3, "release")]
+
+
+def test_a_release_that_a_power_cut_left_under_its_former_name_is_found(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=2, release_every=1)
+    place = tmp_path / "rounds/releases/round-00001"
+    place.rename(place.with_name(".round-00001.former"))
+    run(tmp_path, tiny, Clinics({}), rollback=-1)
+    assert issued(tmp_path)[-1] == (1, "rollback") and record(tmp_path, 1)["kind"] == "rollback"
+
+
 def test_replies_that_are_not_believed_do_not_count(tmp_path: Path, tiny: Path) -> None:
     class Odd(Clinics):
         def examined(self, node: int, message: Message) -> Reply:
@@ -124,12 +163,15 @@ def test_replies_that_are_not_believed_do_not_count(tmp_path: Path, tiny: Path) 
             assert isinstance(good, RecordDict)
             if node == 2:
                 good["counts"]["rows"] = 999
-            return good
+            return good if node < 4 else RecordDict({"counts": good["counts"], "config": ArrayRecord({})})
 
-    run(tmp_path, tiny, Odd({}), num_server_rounds=1)
+    grid = Odd({})
+    grid.clinics[4] = honest(0.01)
+    grid.online.add(4)
+    run(tmp_path, tiny, grid, num_server_rounds=1)
     found = record(tmp_path, 1)
     assert [place["name"] for place in found["places"]] == ["clinic-3"]
-    assert [row["name"] for row in found["silent"]] == ["clinic-1", "clinic-2"]
+    assert [row["name"] for row in found["silent"]] == ["clinic-1", "clinic-2", "clinic-4"]
     assert "another adapter" in found["silent"][0]["reason"] and "not believed" in found["silent"][1]["reason"]
 
 

@@ -85,6 +85,15 @@ def test_two_rounds_by_stick_give_the_adapter_of_the_link_bit_for_bit(
     assert kinds.count("accepted") == 6 and kinds.count("stick") == 2
 
 
+def test_a_round_is_concluded_where_its_folder_lies_now(side: Coordinator, tmp_path: Path) -> None:
+    file = side.issue()
+    replies = [side.reply(name, file) for name in CLINICS]
+    (tmp_path / "rounds").rename(tmp_path / "moved")
+    done = usb.take(side.link, tmp_path / "moved", replies)
+    assert done.round == 1 and not (tmp_path / "rounds").exists()
+    assert (tmp_path / "moved/round-00001").is_dir()
+
+
 def test_a_release_by_stick_is_installed_with_its_passport_and_no_other_is(
     side: Coordinator, tmp_path: Path, tiny: Path
 ) -> None:
