@@ -4,7 +4,7 @@ Up to `PACK` questions about a picture share its positions (`model.packing`): th
 Not here: the optimizer (`client.trainer`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,22 @@ class Batches:
 
     `modules` are the layers with an adapter: when none lies in the tower, its output is computed once for each picture;
     when none lies in the projector either, the projector's too. Rows come in an order that depends on `seed` only.
+    `before` is called before each part of that output, and may raise to stop it.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], model: Any, loaded: Any, modules: Sequence[str], batch: int, seed: int
+        self,
+        samples: Sequence[Sample],
+        model: Any,
+        loaded: Any,
+        modules: Sequence[str],
+        batch: int,
+        seed: int,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         from model.collate import encode_sample
 
+        self.before = before
         self.loaded, self.core, self.processor = loaded, model.base_model.model, loaded.processor
         self.pictures, self.image_of = pictures_of(samples)
         tower_frozen = not any(".vision_tower." in name for name in modules)
@@ -50,6 +59,7 @@ class Batches:
     def restart(self, seed: int) -> None:
         """Begin the rows' order anew."""
         self.generator, self.order = np.random.default_rng(seed), list[Group]()
+        self.touched: set[str] = set()  # patients of the batches since then
 
     def next_groups(self) -> list[Group]:
         """Rows of the next batch; every sample comes once before any comes again."""
@@ -58,6 +68,7 @@ class Batches:
             if not self.order:
                 self.order = self._groups(self.generator)
             groups.append(self.order.pop())
+        self.touched |= {self.names[row] for group in groups for row in group}
         return groups
 
     def patients(self) -> list[list[Group]]:
@@ -152,6 +163,7 @@ class Batches:
         try:
             with torch.no_grad():
                 while first < len(self.pictures):
+                    self.before()
                     images, whole = range(first, min(first + at_once, len(self.pictures))), len(seen)
                     if self._seen_by_tower(images):
                         first += at_once

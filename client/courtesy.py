@@ -29,7 +29,7 @@ class Courtesy:
     ) -> None:
         self._path, self._clock, self._sleep = home / MARK, clock, sleep
         self._looked = -1.0
-        self._over = False
+        self.over = False  # whether waiting has ended at the deadline
         self.deadline: float | None = None  # by `clock`; waiting ends there
         self.waited = 0.0
 
@@ -50,11 +50,11 @@ class Courtesy:
     def pause(self) -> None:
         """Stand still while somebody is asking. Raises TimeOver, once, when the deadline passes meanwhile."""
         now = self._clock()
-        if self._over or now - self._looked < LOOK:
+        if self.over or now - self._looked < LOOK:
             return
         while self.asking():
             if self.deadline is not None and self._clock() > self.deadline:
-                self._over = True
+                self.over = True
                 raise TimeOver("the time for training ran out while the kiosk was answering")
             self._sleep(POLL)
             self.waited += POLL

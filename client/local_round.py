@@ -68,7 +68,12 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
     cases = len({sample.group for sample in samples})
     limits.check(request, spec, allowed, base_sha256(base), len(samples), cases)
     cost = _cost(request, allowed, len(samples), cases, home) if allowed.dp else None
-    trained = _train(request, allowed, samples, base, state, home, seconds, cost)
+    left = max(0.0, seconds - (time.monotonic() - start))
+    trained = _train(request, allowed, samples, base, state, home, left, cost)
+    if not cost and trained.cases < allowed.min_cases:
+        raise limits.Refused(
+            f"the update was made of {trained.cases} patients, and this clinic sends nothing below {allowed.min_cases}"
+        )
     if trained.steps < allowed.min_steps:
         raise limits.Refused(
             f"the time was over after {trained.steps} steps, and this clinic sends nothing below {allowed.min_steps}"

@@ -17,7 +17,7 @@ import numpy as np
 
 from client import memory
 from client.batches import Batches
-from client.courtesy import Courtesy, between_layers
+from client.courtesy import Courtesy, TimeOver, between_layers
 from client.privacy import Noise, PrivateGradient
 from client.steps import Gradient, TrainingFailed, run
 from model import adapters
@@ -32,7 +32,8 @@ Prepared = tuple[Any, Batches]  # the model with an adapter's layers, and the sa
 class Trained:
     """What training gave: the whole `state` (arrays of a frozen factor are the very same) and how it went.
 
-    `at_once` is the number of questions computed together, less than a batch where memory ran out.
+    `at_once` is the number of questions computed together, less than a batch where memory ran out; `cases` the number
+    of patients that were trained on, 0 with noise, where it must not be known.
     """
 
     state: adapters.State
@@ -45,6 +46,7 @@ class Trained:
     peak_rss_mib: float
     waited: float = 0.0
     at_once: int | None = None
+    cases: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def train(
         how.courtesy.deadline = deadline
     with memory.capped(how.most_mib):
         _wait(how)()
-        model, batches = prepared or prepare(samples, base, adapter_state, how)
+        model, batches = prepared or prepare(samples, base, adapter_state, how, deadline)
         _fill(model, adapter_state, factors)
         batches.restart(how.seed)
         before, losses, after, most = _learn(model, batches, steps, how, deadline)
@@ -106,7 +108,8 @@ def train(
         raise TrainingFailed("The loss is no longer a number; use a smaller learning rate.")
     state, took = _state(model, adapter_state, factors), time.monotonic() - start
     waited, count = how.courtesy.waited if how.courtesy else 0.0, len(samples)
-    return Trained(state, before, after, tuple(losses), len(losses), count, took, _peak_mib(), waited, most)
+    cases = len(batches.touched)
+    return Trained(state, before, after, tuple(losses), len(losses), count, took, _peak_mib(), waited, most, cases)
 
 
 def _learn(
@@ -123,7 +126,8 @@ def _learn(
     )
     before = batches.probe()
     losses = run(private, optimizer, steps, how.mu, deadline, _wait(how), how.progress)
-    return before, losses, batches.probe(), gradient.most
+    stopped = bool(how.courtesy and how.courtesy.over)  # the kiosk is still answering
+    return before, losses, losses[-1] if stopped and losses else batches.probe(), gradient.most
 
 
 def _wait(how: Options) -> Callable[[], None]:
@@ -137,14 +141,21 @@ def _wait(how: Options) -> Callable[[], None]:
     return wait
 
 
-def prepare(samples: Sequence[Sample], base: Path, state: adapters.State, how: Options) -> Prepared:
+def prepare(
+    samples: Sequence[Sample], base: Path, state: adapters.State, how: Options, deadline: float | None = None
+) -> Prepared:
     """The model with layers for an adapter like `state`, and the samples as it wants them. Raises as `train` does."""
+
+    def before() -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeOver("the time was over before the pictures were looked at")
+
     model, loaded = _attach(base, how.bits, state, how.alpha)
     _sees_features(model.base_model.model)
     if how.courtesy:
         between_layers(model, how.courtesy.pause)
     modules = [adapters.module(name) for name in state]
-    return model, Batches(samples, model, loaded, modules, how.batch, how.seed)
+    return model, Batches(samples, model, loaded, modules, how.batch, how.seed, before)
 
 
 def _sees_features(core: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, RecordDict
 
-from client import app, limits
+from client import app, limits, trainer
 from model import adapters, phantoms, wire
 from server import release, rounds
 from tests.client.clinic import fill, request
@@ -183,12 +183,26 @@ def test_outside_its_hours_a_clinic_refuses_with_the_hours(clinic: Path, tiny: P
 
 
 def test_an_update_of_too_few_steps_does_not_leave_when_the_time_is_over(
-    clinic: Path, tiny: Path, state: adapters.State
+    clinic: Path, tiny: Path, state: adapters.State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open(clinic / "afya.toml", "a") as file:
         file.write('hours = "22:00-06:00"\n')
     last = datetime.datetime(2026, 3, 2, 5, 59, 59, 999_000)
+    words = reason(app.train_reply(request(tiny, state), clinic, last))
+    assert words == "training stopped: the time was over before the pictures were looked at"
+    prepare = trainer.prepare
+    monkeypatch.setattr(trainer, "prepare", lambda *given: prepare(*given[:4]))
     assert "the time was over after 1 steps" in reason(app.train_reply(request(tiny, state), clinic, last))
+
+
+def test_an_update_of_few_patients_does_not_leave_however_many_the_clinic_has(
+    clinic: Path, tiny: Path, state: adapters.State
+) -> None:
+    text = (clinic / "afya.toml").read_text()
+    (clinic / "afya.toml").write_text(text.replace("min_cases = 1", "min_cases = 3\nmin_steps = 1"))
+    few = request(tiny, state, batch_size=1, local_steps=1)
+    assert "made of 1 patients, and this clinic sends nothing below 3" in reason(app.train_reply(few, clinic))
+    assert set(app.train_reply(request(tiny, state), clinic)) == {"arrays", "metrics"}
 
 
 def test_too_few_patients_sit_the_round_out_however_many_questions(

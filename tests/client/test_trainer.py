@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client import batches, trainer
+from client import batches, courtesy, trainer
 from model import adapters, phantoms
 from model.data import Sample
 
@@ -135,4 +135,20 @@ def test_a_library_that_would_ignore_the_pictures_is_refused() -> None:
 
 def test_training_stops_when_its_time_is_over(tiny: Path, samples: list[Sample]) -> None:
     start = adapters.initial(tiny, 2, 8.0, "decoder", 0)
-    assert trainer.train(samples, tiny, start, steps=50, seconds=0.0).steps == 1
+    with pytest.raises(courtesy.TimeOver, match="before the pictures"):
+        trainer.train(samples, tiny, start, steps=50, seconds=0.0)
+    ready = trainer.prepare(samples, tiny, start, trainer.Options())
+    done = trainer.train(samples, tiny, start, steps=50, seconds=0.0, prepared=ready)
+    assert done.steps == 1 and 0 < done.cases <= len(samples)
+    waiting = courtesy.Courtesy(tiny)
+    waiting.over = True  # the kiosk was being answered when the time was over, and still is
+    done = trainer.train(samples, tiny, start, steps=1, prepared=ready, courtesy=waiting)
+    assert done.loss_after == done.losses[-1]
+
+
+def test_the_patients_of_an_update_are_those_of_its_batches(tiny: Path, samples: list[Sample]) -> None:
+    start = adapters.initial(tiny, 2, 8.0, "decoder", 0)
+    ready = trainer.prepare(samples, tiny, start, trainer.Options(batch=1))
+    patients = len({sample.group for sample in samples})
+    assert trainer.train(samples, tiny, start, steps=1, batch=1, prepared=ready).cases == 1
+    assert trainer.train(samples, tiny, start, steps=4 * patients, batch=1, prepared=ready).cases == patients
