@@ -1,14 +1,17 @@
 """Files that must survive a power cut, their hashes, and the one home folder.
 
 Everything that persists is written under a temporary name in the same folder, flushed to the disk and renamed, so a
-reader sees the old file or the new one, never half of one. Does not cover the case database: SQLite does that itself.
+reader sees the old file or the new one, never half of one. What others may write to is read as a stranger's
+(`plain_pieces`). Does not cover the case database: SQLite does that itself.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _CHUNK = 1 << 20  # bytes read at a time when hashing: large enough to be fast, small enough for a tiny machine
@@ -65,6 +68,48 @@ def sha256_file(path: Path) -> str:
         while chunk := source.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def plain_pieces(path: Path, limit: int) -> Iterator[bytes]:
+    """The bytes, piece by piece, of a plain file of at most `limit` bytes in a folder that others may write to.
+
+    Never waits for a pipe or a device and follows no link, neither of the file nor of the folder that it lies in.
+    Raises OSError for anything else than such a file, and for one that grows beyond the limit meanwhile.
+    """
+    path = Path(path)
+    folder = _open(path.parent, os.O_DIRECTORY, None)
+    try:
+        descriptor = _open(Path(path.name), os.O_NONBLOCK, folder)
+    finally:
+        os.close(folder)
+    try:
+        found, too_large = os.fstat(descriptor), OSError(f"{path.name} is larger than {limit} bytes")
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path.name} is no plain file")
+        if found.st_size > limit:
+            raise too_large
+        while piece := os.read(descriptor, _CHUNK):
+            limit -= len(piece)
+            if limit < 0:
+                raise too_large
+            yield piece
+    finally:
+        os.close(descriptor)
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file as `plain_pieces` gives them. Raises OSError."""
+    return b"".join(plain_pieces(path, limit))
+
+
+def _open(path: Path, kind: int, folder: int | None) -> int:
+    """Open for reading what is no link. Raises OSError."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise OSError(f"{path.name} is a link, or no {'file' if folder else 'folder'}") from error
+        raise
 
 
 def home() -> Path:

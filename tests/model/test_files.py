@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from model import files
+from tests.model.signed import TRAPS, at_once
 
 SLOW_DISK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -75,3 +77,43 @@ def test_home_follows_the_variable_and_is_for_its_owner_only(tmp_path: Path, mon
     monkeypatch.setenv("AFYA_HOME", str(tmp_path / "new" / "home"))
     assert files.home() == tmp_path / "new" / "home"
     assert stat.S_IMODE(files.home().stat().st_mode) == 0o700
+
+
+@SLOW_DISK
+@given(data=st.binary(max_size=4096), spare=st.integers(0, 9))
+def test_a_strangers_plain_file_is_read_whole(tmp_path: Path, data: bytes, spare: int) -> None:
+    (tmp_path / "x").write_bytes(data)
+    assert files.read_plain(tmp_path / "x", len(data) + spare) == data
+    if data:
+        with pytest.raises(OSError, match=f"^x is larger than {len(data) - 1} bytes$"):
+            files.read_plain(tmp_path / "x", len(data) - 1)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_of_a_stranger_is_refused_at_once(tmp_path: Path, trap: Callable[[Path], None]) -> None:
+    trap(tmp_path / "x")
+    with pytest.raises(OSError, match=r"^x is"):
+        at_once(lambda: files.read_plain(tmp_path / "x", 1 << 30))
+
+
+def test_no_link_is_followed_and_an_absent_file_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x").write_bytes(b"secret")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "x").symlink_to(tmp_path / "real" / "x")
+    for path in (tmp_path / "link" / "x", tmp_path / "x"):
+        with pytest.raises(OSError, match="is a link"):
+            files.read_plain(path, 99)
+    for path in (tmp_path / "real" / "y", tmp_path / "nowhere" / "x"):
+        with pytest.raises(FileNotFoundError):
+            files.read_plain(path, 99)
+
+
+def test_a_file_that_grows_while_it_is_read_ends_with_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"a" * 10)
+    reading = files.plain_pieces(tmp_path / "x", 10)
+    assert next(reading) == b"a" * 10
+    with open(tmp_path / "x", "ab") as more:
+        more.write(b"b")
+    with pytest.raises(OSError, match="larger than"):
+        next(reading)
