@@ -8,14 +8,14 @@ Not here: attaching an adapter to a model (`model.llava`), and where an installe
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model.files import write_atomic
+from model.files import plain_pieces, write_atomic
 from model.installed import current, install, rollback
 
 __all__ = ["AdapterRejected", "AdapterSpec", "current", "install", "rollback"]
@@ -27,6 +27,7 @@ DECODER = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(ga
 PROJECTOR = r"model\.multi_modal_projector\.linear_[12]"
 TOWER = r"model\.vision_tower\.(vision_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 TARGETS = {"decoder": DECODER, "projector": PROJECTOR, "tower": TOWER}
+FILES = {CONFIG: 1 << 20, WEIGHTS: 1 << 30}  # most bytes of each: 200 million values (model.wire) take 800 MB
 MAX_HEADER = 4 << 20  # bytes of a safetensors header: thousands of layers fit, a claimed gigabyte does not
 
 _NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)\.lora_([AB])\.weight")
@@ -172,16 +173,27 @@ def spec(folder: Path) -> AdapterSpec:
     return load(folder)[1]
 
 
+def pieces(folder: Path, name: str) -> Iterator[bytes]:
+    """The bytes of one of an adapter folder's `FILES`, piece by piece, as a stranger's: see `files.plain_pieces`.
+
+    Raises AdapterRejected.
+    """
+    try:
+        yield from plain_pieces(folder / name, FILES[name])
+    except OSError as error:
+        raise AdapterRejected(f"{folder} is not a readable adapter folder ({error}).") from error
+
+
 def load(folder: Path) -> tuple[State, AdapterSpec]:
     """Read and check an adapter folder: arrays and spec. Raises AdapterRejected with one plain sentence."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
+    text, data = b"".join(pieces(folder, CONFIG)), b"".join(pieces(folder, WEIGHTS))
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-        data = (folder / WEIGHTS).read_bytes()
-    except (OSError, ValueError) as error:
-        raise AdapterRejected(f"{folder} is not a readable adapter folder ({error}).") from error
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterRejected(f"{folder / CONFIG} is damaged ({error}).") from error
     if len(data) < 8 or int.from_bytes(data[:8], "little") > min(MAX_HEADER, len(data)):
         raise AdapterRejected(f"{folder / WEIGHTS} is truncated or not a safetensors file.")
     try:
@@ -215,11 +227,14 @@ def state_bytes(state: Mapping[str, np.ndarray]) -> int:
 
 
 def sha256(folder: Path) -> str:
-    """One hash of an adapter folder, configuration and weights; the same arrays give the same hash everywhere."""
+    """One hash of an adapter folder, configuration and weights; the same arrays give the same hash everywhere.
+
+    Raises AdapterRejected.
+    """
     digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        try:
-            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
-        except OSError as error:
-            raise AdapterRejected(f"{folder} is not a readable adapter folder ({error}).") from error
+    for name in FILES:
+        part = hashlib.sha256()
+        for piece in pieces(folder, name):
+            part.update(piece)
+        digest.update(part.digest())
     return digest.hexdigest()

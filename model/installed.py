@@ -1,22 +1,33 @@
 """Where a clinic's released adapters lie: $AFYA_HOME/adapters/<name>/ and the pointer current.json.
 
 Installing copies and then moves one pointer, so a kiosk that reads the pointer sees the old adapter or the new one.
-A passport is kept beside the adapter it came with. Not covered: telling a running kiosk, which looks at the pointer by
-itself (`model.adapters.current`), and whether a passport is valid (`model.passport`).
+A passport is kept beside the adapter it came with. The federated client's user may write here, so everything is read as
+a stranger's. Not covered: telling a running kiosk, which looks at the pointer by itself and answers with a copy of its
+own (`model.verified`), and whether a passport is valid (`model.passport`).
 """
 
 import datetime
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.files import sync_folder, write_atomic
+from model.files import read_plain, sync_folder, write_atomic
 
 POINTER = "current.json"
+_MAX_POINTER, _MAX_RELEASE = 1 << 16, 2 << 20  # bytes; release.json names every clinic of a round
+_NAME = re.compile(r"round--?\d{1,18}-[0-9a-f]{12}")  # the round, and how the adapter's hash begins
+_ENTRIES = {
+    "name": _NAME.pattern,
+    "sha256": "[0-9a-f]{64}",
+    "base_sha256": "[0-9a-f]{64}",
+    "installed_at": r"[\dT:.Z+-]{9,40}",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def install(home: Path, folder: Path, *, evidence: dict[str, Any], passport: str
         "installed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "previous": previous,
     }
-    write_atomic(store / POINTER, (json.dumps(pointer, indent=1) + "\n").encode())
+    _write_pointer(store, pointer)
     return name
 
 
@@ -90,37 +101,46 @@ def pointer(home: Path) -> dict[str, Any] | None:
 def rollback(home: Path, to: str | None = None) -> str | None:
     """Go back to the adapter before the current one, or to the installed one called `to`; returns its name.
 
-    Where there is none before, the bare base model answers (None). Raises AdapterRejected, and changes nothing, when
-    the adapter to go to is not there, not sound, or without a valid passport where the coordinator's key is known.
+    Where there is none before, the bare base model answers (None). The kiosk is told that this adapter may be an older
+    one (`verified.allow`). Raises AdapterRejected, and changes nothing, when the adapter to go to is not there, not
+    sound, or without a valid passport where the coordinator's key is known; OSError when nothing can be written.
     """
-    from model import adapters, passport
+    from model import adapters, passport, verified
 
-    store = home / "adapters"
-    try:
-        now = _read_pointer(store)
-    except adapters.AdapterRejected:
-        now = {"previous": None}  # the pointer itself is damaged: the bare base model is the only sound state to go to
-    target = to if to is not None else (now or {}).get("previous")
+    store, target = home / "adapters", to if to is not None else before(home)
     if target is None:
-        (store / POINTER).unlink(missing_ok=True)
+        _set_aside(store / POINTER)
         if store.is_dir():
             sync_folder(store)
         return None
-    folder = store / Path(target).name
-    if not folder.is_dir():
-        raise adapters.AdapterRejected(f"There is no adapter {folder.name} here; `afya-kiosk adapter list` names them.")
-    found = adapters.spec(folder)
+    folder = store / target
+    if not _NAME.fullmatch(target) or not folder.is_dir():
+        raise adapters.AdapterRejected("There is no adapter of that name here; `afya-kiosk adapter list` names them.")
+    found, digest = adapters.spec(folder), adapters.sha256(folder)
+    if not digest.startswith(target[-12:]):
+        raise adapters.AdapterRejected(f"{folder} is not what was installed; choose another adapter.")
     passport.check(home, folder)
     record = {
-        "name": folder.name,
-        "sha256": adapters.sha256(folder),
+        "name": target,
+        "sha256": digest,
         "base_sha256": found.base_sha256,
         "round": _round_of(folder),
         "installed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "previous": None,
     }
-    write_atomic(store / POINTER, (json.dumps(record, indent=1) + "\n").encode())
-    return folder.name
+    verified.allow(home, target, digest)
+    _write_pointer(store, record)
+    return target
+
+
+def before(home: Path) -> str | None:
+    """Name of the adapter before the current one; None where that is the bare base model, or nobody can say."""
+    from model import adapters
+
+    try:
+        return (pointer(home) or {}).get("previous")
+    except adapters.AdapterRejected:
+        return None  # the pointer itself is damaged: the bare base model is the only sound state to go to
 
 
 def listing(home: Path) -> list[Installed]:
@@ -130,15 +150,15 @@ def listing(home: Path) -> list[Installed]:
 
     store, now = home / "adapters", pointer(home) or {}
     found = []
-    for folder in sorted(store.glob("round-*")) if store.is_dir() else []:
+    for folder in sorted(path for path in store.glob("round-*") if _NAME.fullmatch(path.name)):
         problem, verdict, number = None, None, 0
         try:
             number = _round_of(folder)
             adapters.load(folder)
             problem = passport.check(home, folder)
-            text = folder / passport.FILE
-            verdict = str(passport.read(text.read_text(encoding="utf-8"))[0].get("verdict")) if text.is_file() else None
-        except (adapters.AdapterRejected, OSError, ValueError) as error:
+            known = (folder / passport.FILE).exists()
+            verdict = str(passport.read(passport.text_of(folder))[0].get("verdict")) if known else None
+        except adapters.AdapterRejected as error:
             problem = str(error)
         current = folder.name == now.get("name")
         at = str(now.get("installed_at")) if current else None
@@ -149,7 +169,10 @@ def listing(home: Path) -> list[Installed]:
 def _round_of(folder: Path) -> int:
     from model import adapters
 
-    return int(json.loads((folder / adapters.RELEASE).read_bytes()).get("round", 0))
+    try:
+        return int(json.loads(read_plain(folder / adapters.RELEASE, _MAX_RELEASE)).get("round", 0))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise adapters.AdapterRejected(f"{folder / adapters.RELEASE} is not readable ({error}).") from error
 
 
 def _same(folder: Path, digest: str) -> bool:
@@ -167,16 +190,34 @@ def _copy(folder: Path, store: Path, name: str, evidence: dict[str, Any]) -> Non
 
     partial = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=store))
     try:
-        for file in (adapters.CONFIG, adapters.WEIGHTS):
-            write_atomic(partial / file, (folder / file).read_bytes())
+        for file in adapters.FILES:
+            write_atomic(partial / file, b"".join(adapters.pieces(folder, file)))
         write_atomic(partial / adapters.RELEASE, (json.dumps(evidence, indent=1, sort_keys=True) + "\n").encode())
-        if (store / name).exists():
-            shutil.rmtree(store / name)
+        _set_aside(store / name)
         os.rename(partial, store / name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_folder(store)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename what lies at `path`, if anything, and remove it as far as this user may: it can be another's or a link."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.former")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink()
+
+
+def _write_pointer(store: Path, record: dict[str, Any]) -> None:
+    if (store / POINTER).is_dir():  # which a file cannot replace
+        _set_aside(store / POINTER)
+    write_atomic(store / POINTER, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _read_pointer(store: Path) -> dict[str, Any] | None:
@@ -185,12 +226,21 @@ def _read_pointer(store: Path) -> dict[str, Any] | None:
 
     path = store / POINTER
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_plain(store.resolve() / POINTER, _MAX_POINTER))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise adapters.AdapterRejected(f"{path} is damaged ({error}); run `afya-client rollback`.") from error
-    keys = {"name", "sha256", "base_sha256", "round"}
-    if not isinstance(record, dict) or not keys <= set(record) or Path(str(record["name"])).name != record["name"]:
+    if not _sound(record):
         raise adapters.AdapterRejected(f"{path} does not name an installed adapter; run `afya-client rollback`.")
     return record
+
+
+def _sound(record: Any) -> bool:
+    """Whether a pointer has every entry, of its kind, and a name that is the adapter's."""
+    try:
+        before, named = record.get("previous"), record["sha256"].startswith(record["name"][-12:])
+        texts = all(re.fullmatch(pattern, record[entry]) for entry, pattern in _ENTRIES.items())
+        return texts and named and type(record["round"]) is int and (before is None or bool(_NAME.fullmatch(before)))
+    except (KeyError, TypeError, AttributeError):
+        return False

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model.adapters import AdapterRejected
-from model.files import write_atomic
+from model.files import read_plain, write_atomic
 
 FILE, TEXT, PUBLIC = "passport.json", "PASSPORT.txt", "release.pub"
 UNSIGNED = "unsigned: this clinic has no release.pub from its coordinator, so nobody vouches for the adapter"
@@ -129,14 +129,26 @@ def check(home: Path, folder: Path) -> str | None:
     public = trusted(home)
     if public is None:
         return UNSIGNED
+    verify(text_of(folder), public, adapters.sha256(folder), adapters.spec(folder).base_sha256)
+    return None
+
+
+def text_of(folder: Path) -> str:
+    """The text of the passport that lies beside an adapter, as a stranger's. Raises AdapterRejected."""
     try:
-        text = (folder / FILE).read_text(encoding="utf-8")
+        return read_plain(folder / FILE, MAX_BYTES).decode()
     except (OSError, ValueError) as error:
         raise AdapterRejected(
             f"The adapter {folder.name} has no readable passport; ask the coordinator to release it again."
         ) from error
-    verify(text, public, adapters.sha256(folder), adapters.spec(folder).base_sha256)
-    return None
+
+
+def serial_of(record: Mapping[str, Any]) -> int:
+    """The number of a release; they only rise. Raises AdapterRejected for a record without one."""
+    serial = record.get("serial")
+    if type(serial) is not int or serial < 1:
+        raise AdapterRejected("The adapter's passport has no number; ask the coordinator to release it again.")
+    return serial
 
 
 def newest(home: Path) -> int:
@@ -144,11 +156,11 @@ def newest(home: Path) -> int:
     public, found = trusted(home), 0
     for path in (home / "adapters").glob(f"round-*/{FILE}") if public is not None else ():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = text_of(path.parent)
             record, _ = read(text)
             verify(text, public, str(record.get("adapter_sha256")), str(record.get("base_sha256")))
-            found = max(found, int(record["serial"]))
-        except (AdapterRejected, OSError, ValueError, KeyError, TypeError):
+            found = max(found, serial_of(record))
+        except AdapterRejected:
             continue  # not signed by this key: it tells nothing
     return found
 

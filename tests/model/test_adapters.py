@@ -1,6 +1,7 @@
 """Adapters: what is written is read back bit for bit, anything else is refused, one pointer decides what is in use."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from model import adapters, installed
 from model.adapters import AdapterRejected
+from tests.model.signed import TRAPS, adapter, at_once, pipe, put
 
 BASE = "ab" * 32
 
@@ -180,3 +182,79 @@ def test_changed_files_or_pointer_are_noticed_and_rollback_still_works(tmp_path:
             adapters.current(home)
     assert adapters.rollback(home) is None
     assert adapters.current(home) is None
+
+
+@pytest.mark.parametrize("file", [adapters.CONFIG, adapters.WEIGHTS])
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_in_an_adapter_folder_is_refused_at_once(
+    tmp_path: Path, trap: Callable[[Path], None], file: str
+) -> None:
+    place = put(tmp_path / "home", adapter(tmp_path / "a"), None)
+    trap(place / file)
+    for call in (adapters.load, adapters.sha256):
+        with pytest.raises(AdapterRejected, match=f"not a readable adapter folder .{file} is"):
+            at_once(lambda call=call: call(place))
+    with pytest.raises(AdapterRejected):
+        at_once(lambda: adapters.current(tmp_path / "home"))
+    assert f"{file} is" in (at_once(lambda: installed.listing(tmp_path / "home"))[0].problem or "")
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_in_place_of_the_pointer_is_refused_at_once_and_rollback_removes_it(
+    tmp_path: Path, trap: Callable[[Path], None]
+) -> None:
+    home = tmp_path / "home"
+    place = put(home, adapter(tmp_path / "a"), None)
+    for to in (place.name, None):
+        trap(home / "adapters" / installed.POINTER)
+        with pytest.raises(AdapterRejected, match="afya-client rollback"):
+            at_once(lambda: adapters.current(home))
+        assert at_once(lambda to=to: adapters.rollback(home, to)) == to
+        assert adapters.current(home) == (place if to else None)
+
+
+def test_a_folder_that_is_a_link_is_no_adapter(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    place = put(home, adapter(tmp_path / "a"), None)
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterRejected, match="is a link"):
+        adapters.current(home)
+    with pytest.raises(AdapterRejected, match="is a link"):
+        adapters.rollback(home, place.name)
+    before = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
+    assert put(home, tmp_path / "a", None) == place and adapters.current(home) == place and not place.is_symlink()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == before
+
+
+def test_a_pointer_or_a_note_of_any_other_kind_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    place = put(home, adapter(tmp_path / "a"), None)
+    good = json.loads((home / "adapters" / installed.POINTER).read_text())
+    bad = {"name": ["..", "", f"round-0001-{'0' * 12}", 7], "sha256": [None, "x"], "round": ["1", None]}
+    bad |= {"previous": ["../..", "\x1b[2J"], "installed_at": ["\x1b[2J", None], "base_sha256": ["", {}]}
+    texts = [json.dumps({**good, entry: value}) for entry, values in bad.items() for value in values]
+    texts += [json.dumps({key: good[key] for key in good if key != entry}) for entry in good if entry != "previous"]
+    for text in [*texts, "[" * 60_000, "7", '"x"', "null"]:
+        (home / "adapters" / installed.POINTER).write_text(text)
+        with pytest.raises(AdapterRejected, match="rollback"):
+            adapters.current(home)
+    (home / "adapters" / installed.POINTER).write_text(json.dumps(good))
+    (home / "adapters" / "round-\x1b[2J").mkdir()
+    for text in ("[]", '{"round": null}', "[" * 60_000, "{"):
+        (place / adapters.RELEASE).write_text(text)
+        assert [(row.name, adapters.RELEASE in (row.problem or "")) for row in installed.listing(home)] == [
+            (place.name, True)
+        ]
+    pipe(place / adapters.RELEASE)
+    assert at_once(lambda: installed.listing(home))[0].problem
+
+
+def test_rollback_goes_to_no_adapter_whose_files_were_changed(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    first = put(home, adapter(tmp_path / "a"), None)
+    second = put(home, adapter(tmp_path / "b", 0.2), None)
+    (first / adapters.WEIGHTS).write_bytes((second / adapters.WEIGHTS).read_bytes())
+    with pytest.raises(AdapterRejected, match="not what was installed"):
+        adapters.rollback(home)
+    assert adapters.current(home) == second

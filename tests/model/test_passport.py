@@ -3,46 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from model import adapters, installed, passport
 from model.adapters import AdapterRejected
-
-KEY, OTHER = Ed25519PrivateKey.from_private_bytes(b"k" * 32), Ed25519PrivateKey.from_private_bytes(b"o" * 32)
-BASE = "cd" * 32
-
-
-def pem(key: Ed25519PrivateKey) -> bytes:
-    return key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
-
-
-def adapter(folder: Path, value: float = 0.1) -> Path:
-    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
-    state = {
-        f"{name}.lora_A.weight": np.full((2, 6), value, np.float32),
-        f"{name}.lora_B.weight": np.full((4, 2), value, np.float32),
-    }
-    adapters.save(folder, state, adapters.spec_of(state, 8.0, BASE))
-    return folder
-
-
-def signed(folder: Path, key: object = KEY, **entries: object) -> str:
-    record = {"round": 1, "serial": 5, "adapter_sha256": adapters.sha256(folder), "base_sha256": BASE, **entries}
-    return passport.sign(record, key)
-
-
-def trust(home: Path, key: object = KEY) -> None:
-    (home / "federation").mkdir(mode=0o700)
-    (home / "federation" / passport.PUBLIC).write_bytes(pem(key))
-
-
-def put(home: Path, folder: Path, text: str | None) -> Path:
-    name = installed.install(home, folder, evidence={"round": 1}, passport=text)
-    return home / "adapters" / name
+from tests.model.signed import BASE, KEY, OTHER, TRAPS, adapter, at_once, pem, put, signed, trust
 
 
 def test_a_valid_passport_is_taken_and_changes_no_hash(tmp_path: Path, afya_home: Path) -> None:
@@ -144,6 +110,17 @@ def test_rollback_goes_to_signed_adapters_only_and_changes_nothing_otherwise(tmp
     assert [(row.name, row.current, row.problem) for row in rows] == sorted(
         [(one.name, False, None), (two.name, True, None)]
     )
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_passport_that_is_no_file_is_refused_at_once(tmp_path: Path, afya_home: Path, trap: object) -> None:
+    trust(afya_home)
+    folder = adapter(tmp_path / "a")
+    place = put(afya_home, folder, signed(folder))
+    trap(place / passport.FILE)
+    with pytest.raises(AdapterRejected, match="no readable passport"):
+        at_once(lambda: passport.check(afya_home, place))
+    assert at_once(lambda: passport.newest(afya_home)) == 0
 
 
 def test_the_page_shows_what_is_printable_and_never_breaks() -> None:
