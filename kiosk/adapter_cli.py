@@ -56,8 +56,9 @@ def rollback(to: str | None, yes: bool) -> None:
     from model import installed
     from model.files import home
 
+    to = to or installed.before(home())
     if not yes:
-        click.confirm(f"Go back to {to or 'the adapter before'}?", abort=True)
+        click.confirm(f"Go back to {to or 'the model as it was installed'}?", abort=True)
     start = time.monotonic()
     name = _guard(lambda: installed.rollback(home(), to))
     seconds = time.monotonic() - start

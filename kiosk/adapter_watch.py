@@ -1,10 +1,13 @@
 """Which adapter the kiosk's model answers with: looks at the one installed, changes to it, and keeps the former one.
 
-Installing happens elsewhere (`model.installed`, in another process perhaps); here the pointer file is watched. Before
-an adapter answers, its passport is verified where this clinic knows the coordinator's key, it must be for this very
-base, and with it the model must still look at the picture (`model.canary`). Not covered: whether it answers better.
+Installing happens elsewhere (`model.installed`, in another process perhaps); here the pointer file is watched. What
+answers is a copy of the kiosk's own (`model.verified`), now and when the former one comes back. Before it answers, its
+passport is verified where this clinic knows the coordinator's key, it must be no older than the newest one seen and for
+this very base, and with it the model must still look at the picture (`model.canary`). Not covered: whether it answers
+better.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ class AdapterWatch:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._seen: Any = None  # state of the pointer when it was looked at last
-        self._refused: Any = None  # state of the pointer that was refused, so that it is tried once
+        self._settled: Any = None  # state of the pointer that was taken or refused, so that it is tried once
         self.adapter: Path | None = None
         self.notice: str | None = None
         self.unsigned: str | None = None  # a sentence where nobody vouches for the adapter in use
@@ -35,20 +38,19 @@ class AdapterWatch:
 
     def refresh(self, backend: "Backend") -> None:
         """Use the adapter that is installed now; when it is refused, keep the one before and say so."""
-        from model import adapters, passport
+        from model import verified
 
         seen = self._seen = self._state()
-        if seen == self._refused:
+        if seen == self._settled:
             return
+        self._settled = seen
         try:
-            wanted = adapters.current(self._home)
+            found = verified.take(self._home, self.adapter)
+            wanted, unsigned = (found.folder, found.unsigned) if found else (None, None)
             if wanted != self.adapter:
-                unsigned = passport.check(self._home, wanted) if wanted else None
                 self._swap(backend, wanted)
-                self.adapter, self.unsigned = wanted, unsigned
-            self.notice, self._refused = None, None
+            self.adapter, self.unsigned, self.notice = wanted, unsigned, None
         except Exception as error:  # an adapter comes from outside: whatever is wrong with it must not stop answers
-            self._refused = seen
             using = f"the earlier one ({self.name})" if self.adapter else "the model as it was installed"
             self.notice = f"A new adapter was refused and {using} answers instead. {sentence(error)}"
 
@@ -65,14 +67,14 @@ class AdapterWatch:
             try:
                 backend.swap_adapter(self.adapter)
             except Exception:  # the former one is gone: the bare model answers, never the refused adapter
-                self.adapter = None
+                self.adapter, self.unsigned = None, None
                 backend.swap_adapter(None)
             raise canary.CanaryFailed(f"With {wanted.name}: {problem.split(';')[0]}; ask for another release.")
 
     def _state(self) -> Any:
         """Something that changes whenever another adapter is installed."""
         try:
-            found = (self._home / "adapters" / "current.json").stat()
+            found = os.lstat(self._home / "adapters" / "current.json")
         except OSError:
             return "no adapter"
         return found.st_mtime_ns, found.st_ino, found.st_size

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from kiosk.adapter_watch import AdapterWatch
 from kiosk.cli import main
-from model import adapters, installed, passport
+from model import adapters, installed, passport, verified
 from model.backends import Request, TorchBackend
 from model.llava import base_sha256
+from tests.model.signed import TRAPS, at_once
 
 KEY, OTHER = Ed25519PrivateKey.from_private_bytes(b"k" * 32), Ed25519PrivateKey.from_private_bytes(b"o" * 32)
 
@@ -105,6 +108,94 @@ def test_without_a_key_unsigned_adapters_answer_and_are_called_so(
     assert watch.name == name and watch.notice is None and "unsigned" in (watch.unsigned or "")
 
 
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_in_place_of_the_pointer_stops_neither_the_kiosk_nor_a_command(
+    afya_home: Path, tmp_path: Path, tiny: Path, backend: TorchBackend, trap: Callable[[Path], None]
+) -> None:
+    trust(afya_home)
+    watch = AdapterWatch(afya_home)
+    first = put(afya_home, tmp_path, tiny, 1)
+    watch.refresh(backend)
+    trap(afya_home / "adapters" / installed.POINTER)
+    at_once(lambda: watch.refresh(backend))
+    assert watch.name == first and f"the earlier one ({first}) answers instead" in (watch.notice or "")
+    code, text = at_once(lambda: call("list"))
+    assert code == 1 and "damaged" in text
+    at_once(lambda: AdapterWatch(afya_home).refresh(TorchBackend(tiny, 4, device="cpu")))
+
+
+class Exchanging(TorchBackend):
+    """A backend beside which a hostile client puts `files` into `place` at the last moment before they are loaded."""
+
+    files: Path | None = None
+    place: Path
+
+    def swap_adapter(self, folder: Path | None) -> None:
+        if self.files:
+            shutil.copytree(self.files, self.place, dirs_exist_ok=True)
+        super().swap_adapter(folder)
+
+
+def test_files_that_are_exchanged_after_the_check_never_answer(afya_home: Path, tmp_path: Path, tiny: Path) -> None:
+    trust(afya_home)
+    name = put(afya_home, tmp_path, tiny, 1)
+    backend = Exchanging(tiny, 4, device="cpu")
+    state = {n: a + np.float32(0.01) for n, a in adapters.initial(tiny, 4, 8, "decoder", 0).items()}
+    adapters.save(tmp_path / "forged", state, adapters.spec_of(state, 8, base_sha256(tiny)))
+    backend.files, backend.place = tmp_path / "forged", afya_home / "adapters" / name
+    watch = AdapterWatch(afya_home)
+    watch.refresh(backend)
+    assert adapters.sha256(backend.place) == adapters.sha256(tmp_path / "forged")
+    assert (watch.name, watch.notice, backend.adapter_sha256) == (name, None, adapters.sha256(tmp_path / "a1"))
+    put(afya_home, tmp_path, tiny, 2, step=0.5)  # the canary refuses it, and the former one comes back: which?
+    watch.refresh(backend)
+    assert "look alike" in (watch.notice or "")
+    assert (watch.name, backend.adapter_sha256) == (name, adapters.sha256(tmp_path / "a1"))
+
+
+def test_an_older_release_answers_only_where_somebody_here_went_back_to_it(
+    afya_home: Path, tmp_path: Path, tiny: Path, backend: TorchBackend
+) -> None:
+    trust(afya_home)
+    first = put(afya_home, tmp_path, tiny, 1)
+    pointer = afya_home / "adapters" / installed.POINTER
+    withdrawn = pointer.read_text()
+    second = put(afya_home, tmp_path, tiny, 2)
+    watch = AdapterWatch(afya_home)
+    watch.refresh(backend)
+    (afya_home / "adapters" / second / passport.FILE).unlink()
+    pointer.write_text(withdrawn)
+    watch.refresh(backend)
+    assert watch.name == second and f"this kiosk has seen number 2 ({second})" in (watch.notice or "")
+    again = AdapterWatch(afya_home)  # the kiosk was started anew: the model as it was installed, never the older one
+    again.refresh(TorchBackend(tiny, 4, device="cpu"))
+    assert again.name is None and "this kiosk has seen number 2" in (again.notice or "")
+    code, text = call("rollback", "--to", first, "--yes")
+    assert code == 0 and first in text
+    for kiosk in (watch, again, AdapterWatch(afya_home)):
+        kiosk.refresh(backend)
+        assert (kiosk.name, kiosk.notice) == (first, None)
+
+
+def test_a_home_that_cannot_be_written_keeps_the_former_adapter_and_says_so(
+    afya_home: Path, tmp_path: Path, tiny: Path, backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust(afya_home)
+    first = put(afya_home, tmp_path, tiny, 1)
+    watch = AdapterWatch(afya_home)
+    watch.refresh(backend)
+    put(afya_home, tmp_path, tiny, 2)
+
+    def full(**_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(verified.tempfile, "mkdtemp", full)
+        watch.refresh(backend)
+    assert watch.name == first and "verified cannot be written (No space left on device)" in (watch.notice or "")
+    assert backend.adapter_sha256 == adapters.sha256(tmp_path / "a1")
+
+
 def call(*arguments: str) -> tuple[int, str]:
     done = CliRunner().invoke(main, ["adapter", *arguments])
     return done.exit_code, done.output
@@ -120,6 +211,7 @@ def test_the_commands_list_and_go_back(afya_home: Path, tmp_path: Path, tiny: Pa
     rows = {row["name"]: row for row in json.loads(text)}
     assert code == 0 and rows[third]["current"] and rows[second]["verdict"] == "passed"
     assert "no readable passport" in rows[first]["problem"]
+    assert f"Go back to {second}?" in call("rollback")[1]
     code, text = call("rollback", "--yes")
     assert code == 0 and second in text and adapters.current(afya_home) == afya_home / "adapters" / second
     code, text = call("rollback", "--to", first, "--yes")

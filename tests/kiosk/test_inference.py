@@ -13,7 +13,7 @@ from kiosk import queries
 from kiosk.inference import AnswerFailed, Engine, Job
 from kiosk.settings import Settings
 from kiosk.store import CaseStore
-from model import adapters, llava
+from model import adapters, llava, verified
 from model.backends import Answer, Backend, Request, Token
 from tests.kiosk.conftest import picture
 from tests.kiosk.fakes import BrightnessBackend
@@ -128,11 +128,13 @@ def install(home: Path, name: str, words: tuple[str, str] | None) -> None:
 def test_an_adapter_is_used_from_the_next_question_and_a_refused_one_is_told(
     store: CaseStore, afya_home: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def current(home: Path) -> Path | None:  # the real one also checks weights, which this backend has none of
+    def take(home: Path, using: Path | None) -> verified.Verified | None:  # the real one also checks weights
         pointer = home / "adapters" / "current.json"
-        return home / "adapters" / json.loads(pointer.read_text())["name"] if pointer.exists() else None
+        if not pointer.exists():
+            return None
+        return verified.Verified(home / "adapters" / json.loads(pointer.read_text())["name"], None)
 
-    monkeypatch.setattr(adapters, "current", current)
+    monkeypatch.setattr(verified, "take", take)
     engine = Engine(store, afya_home, settings, BrightnessBackend)
     assert wait(engine, ask(store, engine)) == "It is bright"
     install(afya_home, "round-1", ("gloomy", "brilliant"))
