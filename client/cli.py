@@ -146,11 +146,13 @@ def status(as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do it without asking.")
 def rollback(yes: bool) -> None:
     """Go back to the adapter before the current one, or to the bare base model."""
-    from model import adapters, files
+    from model import files, installed
 
+    home = files.home()
+    to = installed.before(home)
     if not yes:
-        click.confirm("Go back to the adapter before?", abort=True)
-    name = _guard(lambda: adapters.rollback(files.home()))
+        click.confirm(f"Go back to {to or 'the bare base model'}?", abort=True)
+    name = _guard(lambda: installed.rollback(home, to))
     click.echo(f"In use now: {name or 'the bare base model'}.")
 
 

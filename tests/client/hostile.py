@@ -54,15 +54,17 @@ def attempts() -> dict[str, Callable[[], object]]:
     """Name -> what is tried; each either raises or has succeeded."""
     sample = STATE / "training/samples/0001.json"
     secrets = ["kiosk.db", "kiosk.db-journal", "keys/master.key", "audit.jsonl", "backups/all.db", "logs/kiosk.log"]
-    secrets += ["afya.toml", "federation/node.key", "federation.before-1/node.key"]
+    secrets += ["afya.toml", "federation/node.key", "federation.before-1/node.key", "verified/newest.json"]
     tried: dict[str, Callable[[], object]] = {f"read {name}": (HOME / name).read_bytes for name in secrets}
     tried |= {
-        f"list {name or 'home'}": lambda n=name: os.listdir(HOME / n) for name in ("", "keys", "backups", "training")
+        f"list {name or 'home'}": lambda n=name: os.listdir(HOME / n)
+        for name in ("", "keys", "backups", "training", "verified")
     }
     tried |= {f"other home {name}": (OTHER / name).read_bytes for name in ("id_ed25519", "notes.txt")}
     tried |= {f"read {name}": pathlib.Path(name).read_bytes for name in ("/etc/shadow", f"/proc/{KIOSK}/environ")}
     tried |= {f"list {name}": lambda n=name: os.listdir(n) for name in ("/root", str(OTHER), f"/proc/{KIOSK}/fd")}
     out = [HOME / "new", HOME / "kiosk.db", OTHER / "new", sample, STATE / "training/images/new.png"]
+    out += [HOME / "verified/allowed.json", HOME / "verified/newest.json"]
     out += [STATE / "training/new", STATE / "run/asking", STATE / "federation/ca.crt", STATE / "afya.toml"]
     out += [pathlib.Path(name) / "afya-hostile" for name in ("/etc", "/etc/cron.d", "/usr/local/bin", "/root", "/")]
     tried |= {f"write {path}": lambda p=path: write(p) for path in out}
@@ -122,6 +124,16 @@ def duties() -> dict[str, object]:
     }
 
 
+def traps() -> None:
+    """What it may leave where it may write: a file for which a reader waits, ones without an end, ways elsewhere."""
+    folder = STATE / "adapters"
+    os.mkfifo(folder / "trap-pipe")
+    for name, target in (("endless", pathlib.Path("/dev/zero")), ("home", HOME), ("case", HOME / "kiosk.db")):
+        (folder / f"trap-{name}").symlink_to(target)
+    with open(folder / "trap-huge", "wb") as out:
+        out.truncate(2 << 30)
+
+
 def main() -> None:
     """Become the user, do the duties, try everything, report."""
     import model.files  # while Python's own files can still be read
@@ -135,6 +147,7 @@ def main() -> None:
     else:
         sandbox()
         able = duties()
+        traps()
     refused, succeeded = {}, []
     for name, attempt in attempts().items():
         if UID == 1 and not name.startswith(("read", "list", "stat")):

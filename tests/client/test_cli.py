@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from model import adapters, phantoms
 from model.llava import base_sha256
 from server import certs
 from tests.client.clinic import fill
+from tests.model.signed import TRAPS, at_once
 
 
 def call(*arguments: str) -> tuple[int, str]:
@@ -51,6 +53,22 @@ def test_status_and_rollback(afya_home: Path, tiny: Path, tmp_path: Path) -> Non
     code, text = call("rollback", "--yes")
     assert code == 0 and "bare base model" in text
     assert json.loads(call("status", "--json")[1])["adapter"] is None
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_a_hostile_client_leaves_for_a_pointer_stops_no_command(
+    afya_home: Path, tiny: Path, trap: Callable[[Path], None]
+) -> None:
+    fill(afya_home, phantoms.make(1, ["plain"], seed=0, size=32), tiny)
+    (afya_home / "adapters").mkdir()
+    trap(afya_home / "adapters/current.json")
+    code, text = at_once(lambda: call("status"))
+    assert code == 1 and "afya-client rollback" in text
+    faults = {check.name for check in at_once(lambda: doctor.examine(afya_home, None)) if not check.ok}
+    assert "adapter" in faults
+    code, text = at_once(lambda: call("rollback", "--yes"))
+    assert code == 0 and "bare base model" in text
+    assert call("status")[0] == 0
 
 
 def test_the_supernode_is_started_with_the_safe_flags_only(afya_home: Path, tmp_path: Path) -> None:

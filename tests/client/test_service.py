@@ -15,16 +15,17 @@ from click.testing import CliRunner
 
 from client import firewall, node, service
 from model import phantoms
-from model.files import write_atomic
+from model.files import read_plain, write_atomic
 from server import certs
 from server import service as server_service
 from server.cli import main
 from tests.client.clinic import fill
+from tests.model.signed import at_once
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KIOSK_USER, OTHER_USER, CLIENT_USER = 1, 5, 65534  # daemon, games, nobody: there on every Debian
 SECRETS = ("kiosk.db", "kiosk.db-journal", "keys/master.key", "audit.jsonl", "backups/all.db", "logs/kiosk.log")
-SECRETS += ("afya.toml", "federation/node.key", "federation.before-1/node.key")
+SECRETS += ("afya.toml", "federation/node.key", "federation.before-1/node.key", "verified/newest.json")
 
 
 def test_the_server_prints_its_own_script(tmp_path: Path) -> None:
@@ -268,6 +269,9 @@ def test_a_hostile_client_gets_nothing(clinic: Path) -> None:
         capture_output=True,
     )
     assert reading.stdout == b"weights{}", reading.stderr
+    for name in ("pipe", "endless", "home/kiosk.db", "case", "huge"):
+        with pytest.raises(OSError, match=r" is (a link|no plain file|larger)"):
+            at_once(lambda name=name: read_plain(clinic / "clinic/adapters" / f"trap-{name}", 1 << 30))
 
 
 def test_the_same_attempts_succeed_for_the_kiosks_own_user(clinic: Path) -> None:
