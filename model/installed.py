@@ -109,6 +109,7 @@ def rollback(home: Path, to: str | None = None) -> str | None:
 
     store, target = home / "adapters", to if to is not None else before(home)
     if target is None:
+        (home / verified.ALLOWED).unlink(missing_ok=True)
         _set_aside(store / POINTER)
         if store.is_dir():
             sync_folder(store)

@@ -43,10 +43,10 @@ def take(home: Path, using: Path | None = None) -> Verified | None:
     sound, for a signed release that is older than the newest one seen (unless `allow` named it), and for a home that
     cannot be written.
     """
-    record, public = installed.pointer(home), passport.trusted(home)
+    record = installed.pointer(home)
     if record is None:
         return None
-    source, serial = home / "adapters" / record["name"], 0
+    source, public, serial = home / "adapters" / record["name"], passport.trusted(home), 0
     if public is not None:
         text = passport.text_of(source)
         serial = passport.serial_of(passport.verify(text, public, record["sha256"], record["base_sha256"]))
@@ -149,7 +149,7 @@ def _copy(source: Path, target: Path, sha256: str) -> Path:
 
 
 def _tidy(folder: Path, keep: set[Path | None]) -> None:
-    """Remove what a power cut left, and all copies but those to keep and the ones that were used last."""
+    """Remove half copies that a power cut left, and all but those to keep and the ones that were used last."""
     for partial in folder.glob(".*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
     copies = sorted(folder.glob("round-*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)

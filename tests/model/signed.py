@@ -10,7 +10,7 @@ import numpy as np
 from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from model import adapters, installed, passport
+from model import adapters, installed, passport, verified
 
 KEY, OTHER = Ed25519PrivateKey.from_private_bytes(b"k" * 32), Ed25519PrivateKey.from_private_bytes(b"o" * 32)
 BASE = "cd" * 32
@@ -47,6 +47,30 @@ def put(home: Path, folder: Path, text: str | None) -> Path:
     """Install an adapter with a passport; where it lies then."""
     name = installed.install(home, folder, evidence={"round": 1}, passport=text)
     return home / "adapters" / name
+
+
+def release(home: Path, tmp_path: Path, serial: int, key: object = KEY) -> Path:
+    """Install a signed release with this number; where it lies in adapters/."""
+    folder = adapter(tmp_path / f"a{serial}", serial / 100)
+    return put(home, folder, signed(folder, key, serial=serial))
+
+
+def point(home: Path, place: Path, text: str) -> None:
+    """What a hostile client does: the pointer, as it was when `text` was current, back in its place."""
+    assert place.is_dir()
+    (home / "adapters" / installed.POINTER).write_text(text)
+
+
+def pointer(home: Path) -> str:
+    """The pointer's text as it is now."""
+    return (home / "adapters" / installed.POINTER).read_text()
+
+
+def taken(home: Path) -> Path:
+    """The kiosk's own copy of the signed adapter that is current."""
+    found = verified.take(home)
+    assert found is not None and found.unsigned is None
+    return found.folder
 
 
 def pipe(path: Path) -> None:

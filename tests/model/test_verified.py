@@ -1,13 +1,9 @@
 """The kiosk's own copies: nothing that a hostile client does in adapters/ reaches them; only a person goes back."""
 
-import fcntl
 import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,29 +11,7 @@ import pytest
 
 from model import adapters, installed, passport, verified
 from model.adapters import AdapterRejected
-from tests.model.signed import KEY, OTHER, TRAPS, adapter, at_once, put, signed, trust
-
-
-def release(home: Path, tmp_path: Path, serial: int, key: object = KEY) -> Path:
-    """Install a signed release with this number; where it lies in adapters/."""
-    folder = adapter(tmp_path / f"a{serial}", serial / 100)
-    return put(home, folder, signed(folder, key, serial=serial))
-
-
-def point(home: Path, place: Path, text: str) -> None:
-    """What a hostile client does: the pointer, as it was when `text` was current, back in its place."""
-    assert place.is_dir()
-    (home / "adapters" / installed.POINTER).write_text(text)
-
-
-def pointer(home: Path) -> str:
-    return (home / "adapters" / installed.POINTER).read_text()
-
-
-def taken(home: Path) -> Path:
-    found = verified.take(home)
-    assert found is not None and found.unsigned is None
-    return found.folder
+from tests.model.signed import KEY, OTHER, TRAPS, adapter, at_once, point, pointer, put, release, signed, taken, trust
 
 
 def test_the_copy_is_whole_and_for_the_owner_only_and_is_used_again(tmp_path: Path, afya_home: Path) -> None:
@@ -126,6 +100,10 @@ def test_a_person_may_go_back_to_one_older_release_until_a_newer_one_comes(tmp_p
         verified.take(afya_home)
     assert installed.rollback(afya_home, places[5].name) == places[5].name
     assert taken(afya_home).name == places[5].name
+    assert installed.rollback(afya_home) is None and verified.take(afya_home) is None
+    point(afya_home, places[5], texts[5])
+    with pytest.raises(AdapterRejected, match="number 5"):
+        verified.take(afya_home)
 
 
 def test_going_back_before_the_kiosk_looked_is_seen_by_it(tmp_path: Path, afya_home: Path) -> None:
@@ -160,6 +138,16 @@ def test_the_coordinators_way_back_is_a_new_number_for_the_same_adapter(tmp_path
     with pytest.raises(AdapterRejected, match="number 5"):
         verified.take(afya_home)
     assert second.is_dir()
+
+
+def test_with_the_pointer_gone_nothing_answers_whatever_else_is_damaged(tmp_path: Path, afya_home: Path) -> None:
+    trust(afya_home)
+    release(afya_home, tmp_path, 7)
+    taken(afya_home)
+    for path in (afya_home / verified.NEWEST, afya_home / "federation" / passport.PUBLIC):
+        path.write_text("{")
+    (afya_home / "adapters" / installed.POINTER).unlink()
+    assert verified.take(afya_home) is None
 
 
 def test_numbers_count_for_each_key_and_a_lost_file_begins_again(tmp_path: Path, afya_home: Path) -> None:
@@ -205,86 +193,3 @@ def test_a_passport_without_a_number_is_refused(tmp_path: Path, afya_home: Path)
         put(afya_home, folder, signed(folder, serial=serial))
         with pytest.raises(AdapterRejected, match="has no number"):
             verified.take(afya_home)
-
-
-def test_old_copies_go_but_never_the_one_in_use(tmp_path: Path, afya_home: Path) -> None:
-    trust(afya_home)
-    using, names = None, []
-    for serial in range(1, 8):
-        names.append(release(afya_home, tmp_path, serial).name)
-        found = verified.take(afya_home, using)
-        assert found is not None
-        using = using or found.folder
-    assert using is not None
-    kept = sorted(path.name for path in (afya_home / verified.FOLDER).glob("round-*"))
-    assert kept == sorted([using.name, *names[-verified.KEPT :]])
-
-
-def test_what_a_power_cut_or_a_bad_disk_leaves_is_replaced(tmp_path: Path, afya_home: Path) -> None:
-    trust(afya_home)
-    place = release(afya_home, tmp_path, 1)
-    program = (
-        "import os, sys; from pathlib import Path; from model import verified;"
-        "os.fsync = lambda fd: os._exit(9);"  # the end comes in the middle of the copy
-        "verified.take(Path(sys.argv[1]))"
-    )
-    assert subprocess.run([sys.executable, "-c", program, str(afya_home)], check=False).returncode == 9
-    assert [path.suffix for path in (afya_home / verified.FOLDER).iterdir()] == [".partial"]
-    copy = taken(afya_home)
-    (copy / adapters.WEIGHTS).write_bytes(b"half")
-    assert taken(afya_home) == copy and adapters.sha256(copy) == adapters.sha256(place)
-    assert sorted(os.listdir(afya_home / verified.FOLDER)) == sorted([verified.NEWEST.name, copy.name])
-
-
-def test_a_disk_that_takes_nothing_is_told_and_a_copy_on_it_is_still_used(
-    tmp_path: Path, afya_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trust(afya_home)
-    release(afya_home, tmp_path, 1)
-    copy = taken(afya_home)
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    text = pointer(afya_home)
-    new = release(afya_home, tmp_path, 2)
-    with monkeypatch.context() as disk:
-        for name in ("fsync", "utime"):
-            disk.setattr(os, name, full)
-        with pytest.raises(AdapterRejected, match=r"verified cannot be written \(No space left on device\)"):
-            verified.take(afya_home, copy)
-        assert sorted(os.listdir(afya_home / verified.FOLDER)) == sorted([verified.NEWEST.name, copy.name])
-        point(afya_home, new, text)
-        assert taken(afya_home) == copy
-        with pytest.raises(OSError, match="No space left"):
-            installed.rollback(afya_home, new.name)
-    assert pointer(afya_home) == text
-
-
-def test_two_kiosks_of_one_home_take_turns(tmp_path: Path, afya_home: Path) -> None:
-    """While one is at work the others wait; then they find its copy or make their own, and all are whole."""
-    trust(afya_home)
-    place = release(afya_home, tmp_path, 1)
-    (afya_home / verified.FOLDER).mkdir()
-    program = "import sys; from pathlib import Path; from model import verified; verified.take(Path(sys.argv[1]))"
-    descriptor = os.open(afya_home / verified.FOLDER, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    three = [subprocess.Popen([sys.executable, "-c", program, str(afya_home)]) for _ in range(3)]
-    time.sleep(2)
-    assert [process.poll() for process in three] == [None] * 3 and os.listdir(afya_home / verified.FOLDER) == []
-    os.close(descriptor)
-    assert [process.wait(60) for process in three] == [0] * 3
-    assert adapters.sha256(taken(afya_home)) == adapters.sha256(place)
-    assert sorted(os.listdir(afya_home / verified.FOLDER)) == sorted([verified.NEWEST.name, place.name])
-
-
-def test_root_leaves_the_folder_to_the_owner_of_the_home(tmp_path: Path, afya_home: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can work in another user's home")
-    trust(afya_home)
-    release(afya_home, tmp_path, 1)
-    release(afya_home, tmp_path, 2)
-    os.chown(afya_home, 1, 1)
-    assert installed.rollback(afya_home)
-    for path in (afya_home / verified.FOLDER, afya_home / verified.ALLOWED):
-        assert (path.stat().st_uid, path.stat().st_gid) == (1, 1)
