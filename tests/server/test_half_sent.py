@@ -31,9 +31,9 @@ class Clinic(threading.Thread):
 
     def run(self) -> None:
         private = serialization.load_ssh_private_key(self.key.read_bytes(), None)
-        keys = (private, private.public_key())  # type: ignore[union-attr]
+        keys = (private, private.public_key())
         authority = str(self.local.out / "certs/ca.crt")
-        with http_request_response(self.local.server, False, authority, keys) as connection:  # type: ignore[arg-type]
+        with http_request_response(self.local.server, False, authority, keys) as connection:
             _, receive, send, _, _, pull, push, confirm = connection
             while not self.over.wait(0.5):
                 if (found := receive()) is None:
