@@ -10,7 +10,6 @@ made to tell single rows apart, and a lost sealed.json, after which other pictur
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import tempfile
 import time
@@ -19,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client import limits
+from client import ledger, limits
 from model import adapters
-from model.files import write_atomic
+from model.files import read_plain, write_atomic
 
 if TYPE_CHECKING:
     from model.data import Sample
@@ -55,31 +54,34 @@ def begin(home: Path, key: bytes) -> None:
 
     A clinic that has a key keeps it. Raises Refused.
     """
-    if not (home / FILE).exists():
-        _write(home, Seal(key, frozenset()))
+    with ledger.locked(home):
+        if not (home / FILE).exists():
+            _write(home, Seal(key, frozenset()))
 
 
 def open_to_training(home: Path, samples: "list[Sample]") -> "list[Sample]":
     """The samples that may be trained on; that they were is written down before this returns. Raises Refused."""
-    seal = _read(home)
-    closed = _closed(seal, samples)
-    rest = [sample for sample in samples if sample.group not in closed]
-    _write(home, Seal(seal.key, seal.trained | {seal.mark(sample.group) for sample in rest}))
+    with ledger.locked(home):
+        seal = _read(home)
+        closed = _closed(seal, samples)
+        rest = [sample for sample in samples if sample.group not in closed]
+        _write(home, Seal(seal.key, seal.trained | {seal.mark(sample.group) for sample in rest}))
     return rest
 
 
 def sealed(home: Path, samples: "list[Sample]") -> "list[Sample]":
     """The sealed samples, at most `MAX_ROWS`. Raises Refused when there are too few for counts to leave."""
-    seal = _read(home)
-    closed = _closed(seal, samples)
-    chosen = sorted((s for s in samples if s.group in closed), key=lambda s: (seal.mark(s.group), s.id))[:MAX_ROWS]
-    pictures = len({sample.group for sample in chosen})
-    if len(chosen) < MIN_ROWS or pictures < MIN_SEALED:
-        raise limits.Refused(
-            f"the sealed set has {len(chosen)} questions on {pictures} pictures; counts leave this clinic from "
-            f"{MIN_ROWS} questions on {MIN_SEALED} pictures"
-        )
-    _write(home, seal)
+    with ledger.locked(home):
+        seal = _read(home)
+        closed = _closed(seal, samples)
+        chosen = sorted((s for s in samples if s.group in closed), key=lambda s: (seal.mark(s.group), s.id))[:MAX_ROWS]
+        pictures = len({sample.group for sample in chosen})
+        if len(chosen) < MIN_ROWS or pictures < MIN_SEALED:
+            raise limits.Refused(
+                f"the sealed set has {len(chosen)} questions on {pictures} pictures; counts leave this clinic from "
+                f"{MIN_ROWS} questions on {MIN_SEALED} pictures"
+            )
+        _write(home, seal)
     return chosen
 
 
@@ -143,11 +145,13 @@ def _read(home: Path) -> Seal:
     """The clinic's seal; a new key where there is none. Raises Refused for a damaged one: guessing could unseal."""
     path = home / FILE
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_plain(path.parent.resolve() / path.name, ledger.MAX_BYTES))
         return Seal(bytes.fromhex(found["key"]), frozenset(map(str, found["trained"])))
     except FileNotFoundError:
         return Seal(secrets.token_bytes(32), frozenset())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except PermissionError as error:
+        raise limits.Refused(ledger.closed(path)) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise limits.Refused(f"{path.name} of this clinic is damaged ({error}); put its copy back") from error
 
 
@@ -155,10 +159,6 @@ def _write(home: Path, seal: Seal) -> None:
     path = home / FILE
     text = json.dumps({"key": seal.key.hex(), "trained": sorted(seal.trained)}) + "\n"
     try:
-        if path.is_file() and path.read_text(encoding="utf-8") == text:
-            return
-        path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomic(path, text.encode())
-        os.chmod(path, 0o600)
     except OSError as error:
         raise limits.Refused(f"{path.name} cannot be written ({error.strerror}), so nothing is trained") from error

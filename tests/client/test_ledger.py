@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from client import ledger
+from client import ledger, sealed
 from client.ledger import Entry
 from client.limits import Refused
+from model.data import Sample
 from tests.conftest import REPOSITORY
+from tests.model.signed import TRAPS, at_once
 
 # (noise, sampling rate, steps) of each round, delta, and what dp-accounting 0.6.0 gives for it: its RdpAccountant over
 # GaussianDpEvent, PoissonSampledDpEvent and SelfComposedDpEvent, with its default orders.
@@ -153,3 +157,42 @@ def test_killed_anywhere_every_update_that_left_is_in_the_ledger(tmp_path: Path)
         left_at.add(len(left))
         ledger.charge(home, cost(9), 8.0, 1e-5)  # and it goes on
     assert 1 in left_at
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_a_hostile_client_leaves_for_a_ledger_or_a_seal_is_refused_at_once(
+    afya_home: Path, trap: Callable[[Path], None]
+) -> None:
+    ledger.charge(afya_home, cost(), 8.0, 1e-5)
+    for name, refused in (
+        ("ledger.json", ledger.read),
+        ("sealed.json", lambda home: sealed.open_to_training(home, [])),
+    ):
+        trap(afya_home / "privacy" / name)
+        with pytest.raises(Refused, match=r"cannot be read|is damaged"):
+            at_once(lambda refused=refused: refused(afya_home))
+
+
+def test_a_folder_that_another_program_holds_is_refused_after_a_while(
+    afya_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.1)
+    with ledger.locked(afya_home):
+        for call in (
+            lambda: sealed.open_to_training(afya_home, []),
+            lambda: ledger.charge(afya_home, cost(), 8.0, 1e-5),
+        ):
+            with pytest.raises(Refused, match="another program holds"):
+                call()
+    assert ledger.read(afya_home) == []
+
+
+def test_marks_of_rounds_side_by_side_are_all_kept_under_one_key(afya_home: Path) -> None:
+    blank = np.zeros((4, 4, 3), np.uint8)
+    rows = [[Sample(f"{n}", blank, "Is it?", "yes", "closed", f"p{n}", "kiosk")] for n in range(12)]
+    threads = [threading.Thread(target=sealed.open_to_training, args=(afya_home, row)) for row in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(json.loads((afya_home / sealed.FILE).read_bytes())["trained"]) == len(rows)
