@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,13 @@ def unpack(home: Path, invitation: Invitation, replace: bool = False) -> Path:
     """Write the federation's folder into the clinic's home; returns it.
 
     The same invitation again changes nothing. Another federation's folder is refused; with `replace` it is kept aside
-    as federation.before-N. Raises InvitationRejected.
+    as federation.before-N. What root unpacks belongs to the home's owner. Raises InvitationRejected.
     """
     folder = home / "federation"
     files = _files(invitation)
     if folder.exists():
         if _same(folder, files):
+            give(home, folder)
             return folder
         if not replace:
             raise InvitationRejected(
@@ -126,6 +128,7 @@ def unpack(home: Path, invitation: Invitation, replace: bool = False) -> Path:
     try:
         for name, data in files.items():
             write_atomic(partial / name, data)
+        give(home, partial)
         if folder.exists():
             os.rename(folder, _aside(home))
         os.rename(partial, folder)
@@ -134,6 +137,28 @@ def unpack(home: Path, invitation: Invitation, replace: bool = False) -> Path:
         raise
     sync_folder(home)
     return folder
+
+
+def give(home: Path, folder: Path) -> None:
+    """As root, give a folder of the federation and its files to the owner of `home`, who has to read them."""
+    if os.geteuid() != 0:
+        return
+    owner = home.stat()
+    for path in (folder, *folder.iterdir()):
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            found = os.fstat(descriptor)
+            if path == folder or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1):  # not another's under this name
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        finally:
+            os.close(descriptor)
+
+
+def closed(path: Path) -> str:
+    """What to say of a file of the federation that may not be read."""
+    return f"{path} may not be read by this user; run `sudo chown -R $USER: {path.parent}` as the clinic's user."
 
 
 def _files(invitation: Invitation) -> dict[str, bytes]:
@@ -147,7 +172,10 @@ def _files(invitation: Invitation) -> dict[str, bytes]:
 
 
 def _same(folder: Path, files: dict[str, bytes]) -> bool:
-    return all((folder / name).is_file() and (folder / name).read_bytes() == data for name, data in files.items())
+    try:
+        return all((folder / name).is_file() and (folder / name).read_bytes() == data for name, data in files.items())
+    except PermissionError as error:
+        raise InvitationRejected(closed(folder / RECORD)) from error
 
 
 def _aside(home: Path) -> Path:
@@ -164,6 +192,8 @@ def record(home: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
+    except PermissionError as error:
+        raise InvitationRejected(closed(path)) from error
     except (OSError, ValueError) as error:
         raise InvitationRejected(f"{path} cannot be read ({error}); run afya-client join FILE --replace.") from error
     return found if isinstance(found, dict) else {}
