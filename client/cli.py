@@ -59,7 +59,8 @@ def doctor(server: str | None, bundle: Path | None, as_json: bool) -> None:
     from model import files
 
     home = files.home()
-    checks = _guard(lambda: doctor.examine(home, node.connection(home, server, bundle)))
+    link = _guard(lambda: node.connection(home, server, bundle))
+    checks = _guard(lambda: [*doctor.examine(home, link), *doctor.examine_service(home, link)])
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks]))
     else:
@@ -75,9 +76,18 @@ def doctor(server: str | None, bundle: Path | None, as_json: bool) -> None:
 @_BUNDLE
 @_PORT
 @click.option("--service/--foreground", "service", help="Run as a system service, or here until interrupted (default).")
+@click.option(
+    "--without-firewall", is_flag=True, help="Install the service even where nftables cannot keep it off other ports."
+)
 @click.option("--replace", is_flag=True, help="Use FILE even if this clinic has joined another federation before.")
 def join(
-    file: Path | None, server: str | None, bundle: Path | None, port: int | None, service: bool, replace: bool
+    file: Path | None,
+    server: str | None,
+    bundle: Path | None,
+    port: int | None,
+    service: bool,
+    without_firewall: bool,
+    replace: bool,
 ) -> None:
     """Take part: unpack the coordinator's FILE (the first time), check everything, then start.
 
@@ -95,20 +105,23 @@ def join(
     if faults or link is None:
         raise click.ClickException(" ".join(faults))
     _guard(lambda: passport.adopt(home, link.ca.parent))
+    if (home / "federation").is_dir():
+        _guard(lambda: invitation.give(home, home / "federation"))
     if service:
-        _guard(lambda: _serve(home, link))
+        _guard(lambda: _serve(home, link, without_firewall))
         return
     click.echo(f"Taking part at {link.server}; interrupt to leave.")
     node.join(home, link)
 
 
-def _serve(home: Path, link: Any) -> None:
+def _serve(home: Path, link: Any, without_firewall: bool) -> None:
     """Install and start the service when this is root, else write the unit and print what root has to run."""
     from client import service
 
-    plan = service.plan(home, link)
+    plan = service.plan(home, link, without_firewall=without_firewall)
     if os.geteuid() == 0:
-        service.install(plan)
+        if said := service.install(plan):
+            click.echo(said)
         click.echo(f"The service {service.UNIT} is installed and started; systemctl status {service.UNIT} shows it.")
         return
     script = service.write_script(plan, home)
@@ -119,7 +132,7 @@ def _serve(home: Path, link: Any) -> None:
 @_JSON
 def status(as_json: bool) -> None:
     """Say how many samples are consented, which adapter is in use and what a federation may ask."""
-    from client import limits
+    from client import limits, service
     from model import adapters, files, installed
     from model.data import read_training
 
@@ -129,7 +142,8 @@ def status(as_json: bool) -> None:
         adapters.current(home)  # raises when the files are not the ones that were installed
         record = installed.pointer(home)
         samples = len(read_training(home / "training"))
-        return {"home": str(home), "samples": samples, "adapter": record, "limits": asdict(limits.read_limits(home))}
+        found = {"home": str(home), "samples": samples, "adapter": record, "limits": asdict(limits.read_limits(home))}
+        return {**found, "fault": service.behind(home) or None}
 
     found = _guard(gather)
     if as_json:
@@ -140,6 +154,8 @@ def status(as_json: bool) -> None:
     click.echo(f"Adapter   {adapter['name'] + ', installed ' + adapter['installed_at'] if adapter else 'none'}")
     for name, value in found["limits"].items():
         click.echo(f"Limit     {name} = {value}")
+    if found["fault"]:
+        click.echo(f"FAULT     {found['fault']}")
 
 
 @main.command()

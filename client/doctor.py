@@ -5,6 +5,7 @@ reached. The network is touched for nothing else, and no node is started. Not he
 """
 
 import datetime
+import grp
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from client import contact, invitation, limits
+from client import contact, firewall, invitation, limits, service
 from client.node import Connection
 
 FLWR = "1.41.0"  # the version whose checks and faults are known here
@@ -52,13 +53,27 @@ def examine(home: Path, link: Connection | None) -> list[Check]:
     return [_run(name, step) for name, step in [*steps, ("keys", lambda: _keys(link))]] + _federation(link)
 
 
+def examine_service(home: Path, link: Connection | None) -> list[Check]:
+    """What belongs to the system service where one is installed for this home; no checks where none is."""
+    if not service.installed(home):
+        return []
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("settings", lambda: _settings(home)),
+        ("firewall", lambda: _firewall(home)),
+        ("group", _group),
+    ]
+    if link is not None:
+        steps.insert(0, ("service", lambda: _service(home, link)))
+    return [_run(name, step) for name, step in steps]
+
+
 def _run(name: str, step: Callable[[], str]) -> Check:
     from model.adapters import AdapterRejected
     from model.data import DataError
     from model.llava import ModelError
     from model.presets import PresetMissing
 
-    known = (_Fault, limits.SettingsWrong, invitation.InvitationRejected, contact.NoContact)
+    known = (_Fault, limits.SettingsWrong, invitation.InvitationRejected, contact.NoContact, service.ServiceError)
     try:
         return Check(name, True, step())
     except (*known, AdapterRejected, DataError, ModelError, PresetMissing, OSError) as error:
@@ -72,8 +87,9 @@ def _home(home: Path) -> str:
 
 
 def _permissions(home: Path) -> str:
-    """Whether this user can do what a round needs: read the samples, write adapters and Flower's own files."""
-    wanted = {"training": os.R_OK | os.X_OK, "adapters": os.R_OK | os.W_OK | os.X_OK, "flower": os.W_OK | os.X_OK}
+    """Whether this user can do what a round needs: read the samples, write adapters, ledger and Flower's own files."""
+    every = os.R_OK | os.W_OK | os.X_OK
+    wanted = {"training": os.R_OK | os.X_OK, "adapters": every, "privacy": every, "flower": os.W_OK | os.X_OK}
     refused = [name for name, mode in wanted.items() if (home / name).exists() and not os.access(home / name, mode)]
     if refused:
         names = ", ".join(str(home / name) for name in refused)
@@ -170,8 +186,14 @@ def _no_server() -> str:
 
 def _keys(link: Connection) -> str:
     for path in (link.ca, link.key):
-        if not path.is_file():
-            raise _Fault(f"{path} is missing; run afya-client join FILE with the coordinator's file, or pass --bundle.")
+        try:
+            path.read_bytes()
+        except PermissionError as error:
+            raise _Fault(invitation.closed(path)) from error
+        except OSError as error:
+            raise _Fault(
+                f"{path} is missing; run afya-client join FILE with the coordinator's file, or pass --bundle."
+            ) from error
     if link.key.stat().st_mode & 0o077:
         raise _Fault(f"{link.key} can be read by others; run chmod 600 on it.")
     return str(link.key)
@@ -184,6 +206,8 @@ def _federation(link: Connection) -> list[Check]:
     except contact.NoContact as error:
         fault, there = Check("server", False, str(error)), error.clock
         return [fault] if there is None else [fault, _run("clock", lambda: _clock(there))]
+    except PermissionError:
+        return [Check("server", False, invitation.closed(link.ca))]
     checks = [Check("server", True, f"{link.server} over {answer.tls}"), _run("clock", lambda: _clock(answer.clock))]
     return [*checks, _run("registration", lambda: _registered(link, answer.clock))]
 
@@ -212,3 +236,47 @@ def _registered(link: Connection, clock: datetime.datetime | None) -> str:
     if answer.status == 502:
         raise _Fault("the server's proxy answers but its SuperLink does not; tell the coordinator.")
     raise _Fault(f"the server's answer about the key is not understood (status {answer.status}); is it Afya's server?")
+
+
+def _service(home: Path, link: Connection) -> str:
+    """Whether server, invitation, base model, programs and units are still those that the service was set up with."""
+    if differing := service.outdated(home, link):
+        raise _Fault(
+            f"the service was set up for something else ({', '.join(differing)}); run `sudo {service.again(home)}`."
+        )
+    return "set up for this server, invitation and base model"
+
+
+def _settings(home: Path) -> str:
+    if fault := service.behind(home):
+        raise _Fault(fault)
+    return f"the service works with {home / 'afya.toml'}"
+
+
+def _firewall(home: Path) -> str:
+    """Whether nftables keep the service from the kiosk's port; that the rules are in force is seen by root only."""
+    if not firewall.program():
+        raise _Fault(
+            "nftables is not installed, so the service can reach the kiosk's port; install the package nftables, then "
+            f"run `sudo {service.again(home)}`."
+        )
+    if str(firewall.RULES) not in service.installed(home) or not firewall.RULES.exists():
+        raise _Fault(
+            f"the service has no firewall rules and can reach the kiosk's port; run `sudo {service.again(home)}`."
+        )
+    if os.geteuid() == 0 and not firewall.loaded():
+        raise _Fault(f"the firewall rules are not in force; run `sudo systemctl restart {service.UNIT}`.")
+    return "the service reaches the federation's server and no other port"
+
+
+def _group() -> str:
+    """Whether this login may read what the service writes: a new membership counts from the next login on."""
+    try:
+        group = grp.getgrnam(service.USER).gr_gid
+    except KeyError as error:
+        raise _Fault(f"the group {service.USER} is gone; set the service up again.") from error
+    if os.geteuid() != 0 and group not in (os.getegid(), *os.getgroups()):
+        raise _Fault(
+            f"this login is not in the group {service.USER} yet; log out and in again, then start the kiosk anew."
+        )
+    return f"this user reads what the group {service.USER} may"

@@ -6,16 +6,48 @@ other one alone. Not here: loading them; the unit does so before it starts (`cli
 
 import ipaddress
 import shutil
+import socket
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from client import contact
 
 RULES = Path("/etc/afya-client.nft")
 _TABLE = "afya_client"
 
 
 def program() -> str:
-    """Path of nft, or an empty string when nftables is not installed."""
-    return shutil.which("nft") or shutil.which("nft", path="/usr/sbin:/sbin") or ""
+    """Path of nft, or an empty string when nftables is not installed; root runs it, so no other folder counts."""
+    return shutil.which("nft", path="/usr/sbin:/usr/bin:/sbin:/bin") or ""
+
+
+def loaded() -> bool:
+    """Whether the rules are in force now; only root can see that."""
+    done = subprocess.run([program(), "list", "table", "inet", _TABLE], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def addresses(server: str) -> list[str]:
+    """The addresses of "HOST:PORT" now. Raises NoContact."""
+    host, port = contact.address(server)
+    try:
+        return sorted({str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except OSError as error:
+        raise contact.NoContact(
+            f"The address of {server} is not known here ({error}); check its spelling and DNS."
+        ) from error
+
+
+def name_servers(server: str) -> list[str]:
+    """Addresses that answer what the server's name is; none when it is given by its address. Raises NoContact."""
+    if contact.address(server)[0] in addresses(server):
+        return []
+    try:
+        lines = Path("/etc/resolv.conf").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [words[1].split("%")[0] for words in map(str.split, lines) if len(words) > 1 and words[0] == "nameserver"]
 
 
 def rules(user: str, port: int, addresses: Sequence[str], server_port: int, name_servers: Sequence[str]) -> str:

@@ -77,35 +77,43 @@ class Request:
     lr_ratio: float = 1.0  # of the factors B to lr
 
 
+def settings_file(home: Path) -> Path:
+    """Where the settings lie: afya.toml in the clinic's home; a service is told where its copy is ($AFYA_SETTINGS)."""
+    return Path(os.environ.get("AFYA_SETTINGS") or home / "afya.toml")
+
+
 def read_settings(home: Path) -> dict[str, Any]:
-    """The clinic's afya.toml as a dict, empty when there is none. Raises SettingsWrong."""
-    path = home / "afya.toml"
+    """The clinic's afya.toml as a dict, empty when there is none. Raises SettingsWrong, also where the copy of a
+    service is missing: its clinic may be stricter than the defaults."""
+    path = settings_file(home)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+    except FileNotFoundError as error:
+        if path == home / "afya.toml":
+            return {}
+        raise SettingsWrong(f"{path} is missing; run `sudo systemctl start afya-client-settings.service`.") from error
     except (OSError, ValueError) as error:
         raise SettingsWrong(f"{path} cannot be read ({error}); correct it.") from error
 
 
 def read_limits(home: Path) -> Limits:
     """Limits of the clinic, defaults where afya.toml says nothing. Raises SettingsWrong for wrong names and types."""
-    table = read_settings(home).get("client", {})
+    path, table = settings_file(home), read_settings(home).get("client", {})
     known = {entry.name: entry for entry in fields(Limits)}
     values: dict[str, Any] = {}
     for name, value in table.items():
         if name in CONNECTION:
             continue
         if name not in known:
-            raise SettingsWrong(f"{home / 'afya.toml'}: [client] {name} is no limit; there are {', '.join(known)}.")
+            raise SettingsWrong(f"{path}: [client] {name} is no limit; there are {', '.join(known)}.")
         kind = type(known[name].default)
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind:
-            raise SettingsWrong(f"{home / 'afya.toml'}: [client] {name} must be of type {kind.__name__}.")
+            raise SettingsWrong(f"{path}: [client] {name} must be of type {kind.__name__}.")
         values[name] = value
     found = Limits(**values)
     if mistake := _mistake(found):
-        raise SettingsWrong(f"{home / 'afya.toml'}: [client] {mistake}.")
+        raise SettingsWrong(f"{path}: [client] {mistake}.")
     return found
 
 

@@ -65,18 +65,22 @@ def import_release(file: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def budget(as_json: bool) -> None:
     """Say how much of this clinic's privacy budget is spent, and on which rounds."""
-    from client import ledger, limits
+    from client import ledger, limits, service
     from model import files
 
     home = files.home()
     allowed = _guard(lambda: limits.read_limits(home))
     entries = _guard(lambda: ledger.read(home))
     spent = _guard(lambda: ledger.epsilon(entries, allowed.dp_delta))
+    fault = service.behind(home)
     if as_json:
         found = {"dp": allowed.dp, "epsilon": spent, "budget": allowed.dp_epsilon, "delta": allowed.dp_delta}
+        found |= {"fault": fault} if fault else {}
         click.echo(json.dumps({**found, "rounds": [entry.round for entry in entries]}))
         return
     click.echo(f"Differential privacy is {'on' if allowed.dp else 'off'}.")
     click.echo(f"Spent     {spent:.3f} of {allowed.dp_epsilon:g} (delta {allowed.dp_delta:g}), {len(entries)} rounds")
     for entry in entries:
         click.echo(f"Round     {entry.round}, {entry.at}: {entry.steps} steps, noise {entry.multiplier:g}")
+    if fault:
+        click.echo(f"FAULT     {fault}")

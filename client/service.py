@@ -1,14 +1,17 @@
-"""The client as a system service of its own user: the unit, and the commands that set up its folders.
+"""The client as a system service of its own user: the units, and the commands that set up its folders.
 
 Flower brings training code from the coordinator. So the service runs as `afya-client`, with a home of its own into
-which systemd binds the clinic's training/ (read only) and adapters/: everything else of the clinic is out of its reach
-by file modes and once more by the unit. Not here: what the unit says (`client/systemd/afya-client.service`).
+which systemd binds the clinic's training/ and run/ (read only), adapters/ and privacy/: everything else of the clinic
+is out of its reach by file modes and once more by the unit. The clinic's settings come as a copy in run/ that a unit of
+the clinic's own user keeps up to date; ledger and seal are the home's own, so a clinic has one of each. Not here: what
+the units say (`client/systemd/`).
 """
 
+import hashlib
 import os
 import pwd
+import re
 import shlex
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,11 +22,13 @@ from client.node import Connection
 from model.files import write_atomic
 
 USER = "afya-client"
-UNIT = "afya-client.service"
+UNIT, SETTINGS, WATCH = "afya-client.service", "afya-client-settings.service", "afya-client-settings.path"
 STATE = Path("/var/lib/afya-client")
 UNITS = Path("/etc/systemd/system")
 HANDED = ("ca.crt", "node.key", "release.pub", "invitation.json")  # what the service gets of the federation's folder
-_TEMPLATE = Path(__file__).parent / "systemd" / UNIT
+BOUND = ("training", "run", "adapters", "privacy")  # folders of the clinic's home that the service sees
+_TEMPLATES = Path(__file__).parent / "systemd"
+_NFTABLES = "After=nftables.service\nPartOf=nftables.service\nReloadPropagatedFrom=nftables.service"
 
 
 class ServiceError(RuntimeError):
@@ -32,20 +37,47 @@ class ServiceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """The unit file's text and the shell script that installs and starts it; root runs the script."""
+    """The units' texts by name and the shell script that installs and starts them; root runs the script."""
 
-    unit: str
+    units: dict[str, str]
     script: str
 
 
-def plan(home: Path, link: Connection, state: Path = STATE, units: Path = UNITS) -> Plan:
-    """Unit and script for this clinic's home and connection. Raises ServiceError."""
-    unit = fill(home, link, state)
-    return Plan(unit, _script(home, link, state, units, unit))
+def plan(
+    home: Path, link: Connection, state: Path = STATE, folder: Path = UNITS, *, without_firewall: bool = False
+) -> Plan:
+    """Units, for `folder`, and script for this clinic's home and connection. Raises ServiceError.
+
+    A machine without nftables is refused unless `without_firewall` accepts it.
+    """
+    if not firewall.program() and not without_firewall:
+        raise ServiceError(
+            "nftables is not installed, and without it the service can reach the kiosk's port; install the package "
+            "nftables, or pass --without-firewall to accept that."
+        )
+    units = fill(home, link, state)
+    return Plan(units, _script(home, link, state, folder, units))
 
 
-def fill(home: Path, link: Connection, state: Path = STATE) -> str:
-    """The unit's text for this clinic. Raises ServiceError."""
+def fill(home: Path, link: Connection, state: Path = STATE) -> dict[str, str]:
+    """Name -> text of each unit for this clinic. Raises ServiceError."""
+    there, names = _reachable(link.server)
+    return _fill(home, link, state, [*there, *names])
+
+
+def _fill(home: Path, link: Connection, state: Path, addresses: list[str]) -> dict[str, str]:
+    values = {**_values(home, link, state), "ADDRESSES": " ".join(addresses)}
+    found = {}
+    for unit in (UNIT, SETTINGS, WATCH):
+        text = (_TEMPLATES / unit).read_text(encoding="utf-8").split("[Unit]", 1)[1]
+        for name, value in values.items():
+            text = text.replace(f"@{name}@", value)
+        found[unit] = f"# Written by afya-client join --service; run that again after a change.\n[Unit]{text}"
+    return found
+
+
+def _values(home: Path, link: Connection, state: Path) -> dict[str, str]:
+    """What stands in the templates between @ signs, but for the addresses. Raises ServiceError."""
     program = Path(sys.executable).parent / "afya-client"
     if not program.exists():
         raise ServiceError(f"{program} is not there; install Afya with pip first.")
@@ -55,22 +87,41 @@ def fill(home: Path, link: Connection, state: Path = STATE) -> str:
             raise ServiceError(
                 f"systemd cannot take the path {path}; use one without spaces, colons and per cent signs."
             )
-    values = {
+    if not re.fullmatch(r"[\w.:\[\]-]+", link.server):
+        raise ServiceError(f"The server {link.server!r} is not HOST:PORT; correct it in [client] of afya.toml.")
+    load = f"+{firewall.program()} -f {firewall.RULES}"
+    return {
         "USER": USER,
+        "OWNER": owner(home),
         "PROGRAM": str(program),
+        "SERVER": link.server,
         "PORT": str(link.port),
         "STATE": str(state),
         "HOME": str(home.resolve()),
         "MODEL": str(model),
+        "FEDERATION": _digest(link),
         "SOFTWARE": "\n".join(f"BindReadOnlyPaths={path}" for path in _software()),
         "DEVICES": _devices(),
-        "ADDRESSES": " ".join([*_addresses(link.server), *_name_servers(link.server)]),
-        "FIREWALL": f"ExecStartPre=+{firewall.program()} -f {firewall.RULES}" if firewall.program() else "",
+        "NFTABLES": _NFTABLES if firewall.program() else "",
+        "FIREWALL": f"ExecStartPre={load}\nExecReload={load}" if firewall.program() else "",
     }
-    text = _TEMPLATE.read_text(encoding="utf-8").split("[Unit]", 1)[1]
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return f"# Written by afya-client join --service; run that again after a change.\n[Unit]{text}"
+
+
+def owner(home: Path) -> str:
+    """Name of the user to whom the clinic's home belongs."""
+    return pwd.getpwuid(home.stat().st_uid).pw_name
+
+
+def _handed(link: Connection) -> dict[str, Path]:
+    """Name -> place of the files of the federation that the service gets a copy of; those that there are."""
+    places = {name: link.key.parent / name for name in HANDED} | {"ca.crt": link.ca, "node.key": link.key}
+    return {name: path for name, path in places.items() if path.is_file()}
+
+
+def _digest(link: Connection) -> str:
+    """Short hash of those files without the private key, by which the unit says what it was set up with."""
+    public = [path.read_bytes() for name, path in sorted(_handed(link).items()) if name != "node.key"]
+    return hashlib.sha256(b"\0".join(public)).hexdigest()[:16]
 
 
 def _software() -> list[Path]:
@@ -88,46 +139,31 @@ def _devices() -> str:
     return "\n".join(["DevicePolicy=closed", *(f"DeviceAllow={name} rw" for name in allowed)])
 
 
-def _addresses(server: str) -> list[str]:
-    """The server's addresses now. Raises ServiceError."""
+def _reachable(server: str) -> tuple[list[str], list[str]]:
+    """Addresses of the server and of those that answer what its name is. Raises ServiceError."""
     try:
-        host, port = contact.address(server)
-        return sorted({str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
-    except (contact.NoContact, OSError) as error:
-        raise ServiceError(
-            f"The address of {server} is not known here ({error}); check its spelling and DNS."
-        ) from error
-
-
-def _name_servers(server: str) -> list[str]:
-    """Addresses that answer what the server's name is; none when the server is given by its address."""
-    if contact.address(server)[0] in _addresses(server):
-        return []
-    try:
-        lines = Path("/etc/resolv.conf").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [words[1].split("%")[0] for words in map(str.split, lines) if len(words) > 1 and words[0] == "nameserver"]
+        return firewall.addresses(server), firewall.name_servers(server)
+    except contact.NoContact as error:
+        raise ServiceError(str(error)) from error
 
 
 def rules(link: Connection, user: str = USER) -> str:
     """The firewall's rules for this connection. Raises ServiceError."""
-    port = contact.address(link.server)[1]
-    return firewall.rules(user, link.port, _addresses(link.server), port, _name_servers(link.server))
+    there, names = _reachable(link.server)
+    return firewall.rules(user, link.port, there, contact.address(link.server)[1], names)
 
 
 def modes(home: Path, model: Path, group: str = USER) -> list[str]:
-    """Shell lines that let the service's group, and nobody else, read the samples and exchange adapters.
+    """Shell lines that let the service's group, and nobody else, read the samples, exchange adapters, use the ledger.
 
     Files of the base model that not everybody may read are opened to the group, too.
     """
-    q, owner = shlex.quote, shlex.quote(pwd.getpwuid(home.stat().st_uid).pw_name)
+    q, user = shlex.quote, shlex.quote(owner(home))
     lines = []
-    for name, mode in (("training", "2750"), ("training/images", "2750"), ("training/samples", "2750")):
-        lines.append(f"install -d -o {owner} -g {group} -m {mode} {q(str(home / name))}")
-    lines.append(f"install -d -o {owner} -g {group} -m 2770 {q(str(home / 'adapters'))}")
-    lines.append(f"install -d -o {owner} -g {group} -m 2750 {q(str(home / 'run'))}")
-    for name in ("training", "adapters", "run"):
+    shared = {"training": "2750", "training/images": "2750", "training/samples": "2750", "run": "2750"}
+    for name, mode in {**shared, "adapters": "2770", "privacy": "2770"}.items():
+        lines.append(f"install -d -o {user} -g {group} -m {mode} {q(str(home / name))}")
+    for name in BOUND:
         folder = q(str(home / name))
         lines.append(f"chgrp -R {group} {folder}")
         lines.append(f"find {folder} -mindepth 1 -type d -exec chmod 2750 {{}} +")
@@ -139,53 +175,103 @@ def modes(home: Path, model: Path, group: str = USER) -> list[str]:
     return lines
 
 
-def _script(home: Path, link: Connection, state: Path, units: Path, unit: str) -> str:
-    """What root runs: the user, the modes, the service's own folder, the unit, the start."""
-    q, owner = shlex.quote, pwd.getpwuid(home.stat().st_uid).pw_name
-    own, federation = q(str(state)), q(str(state / "federation"))
+def _script(home: Path, link: Connection, state: Path, folder: Path, units: dict[str, str]) -> str:
+    """What root runs: the user, the modes, the service's own folder, the units, the start."""
     lines = [
         "#!/bin/sh",
         "# Sets up Afya's client as a service of its own user. May be run again.",
         "set -eu",
-        f"getent group {USER} >/dev/null || groupadd --system {USER}",
-        f"id -u {USER} >/dev/null 2>&1 || useradd --system --gid {USER} --home-dir {own} --no-create-home "
-        f"--shell /usr/sbin/nologin {USER}",
-        *(
-            [f"usermod -a -G {USER} {q(owner)}  # reads the adapters; counts from the next login on"]
-            * (owner != "root")
-        ),
+        *_one_ledger(home, state),
+        *_user(home, state),
         *modes(home, limits.base_model(home)),
-        f"install -d -o {USER} -g {USER} -m 0700 {own} {q(str(state / 'flower'))}",
-        f"install -d -o root -g {USER} -m 0750 "
-        + " ".join(q(str(state / name)) for name in ("training", "adapters", "run", "model")),
-        f"install -d -o {USER} -g {USER} -m 0700 {federation}",
+        *_state(link, state),
     ]
-    folder = {"ca.crt": link.ca, "node.key": link.key}
-    for name in HANDED:
-        source = folder.get(name, link.key.parent / name)
-        if source.is_file():
-            lines.append(f"install -o {USER} -g {USER} -m 0600 {q(str(source.resolve()))} {federation}/{name}")
-    settings = q(str(state / "afya.toml"))
-    lines.append(f"cat > {settings} <<'SETTINGS'\n{_settings(home, link)}SETTINGS")
-    lines += [f"chown root:{USER} {settings}", f"chmod 0640 {settings}"]
     if firewall.program():
         lines.append(f"cat > {firewall.RULES} <<'RULES'\n{rules(link)}RULES")
     else:
-        lines.append(
-            "echo 'nftables is not installed: the service can reach the kiosk; install it and run this again.'"
+        lines.append(f"echo 'nftables is not installed: the user {USER} can reach every port of this machine.'")
+    for name, text in units.items():
+        path = shlex.quote(str(folder / name))
+        lines += [f"cat > {path} <<'UNIT'\n{text}UNIT", f"chmod 0644 {path}"]
+    lines += ["systemctl daemon-reload", f"systemctl enable {UNIT} {WATCH}", f"systemctl restart {WATCH} {UNIT}"]
+    if owner(home) != "root":
+        told = (
+            f"{owner(home)}: log out and in again, then start the kiosk anew; before that it cannot read new adapters."
         )
-    lines.append(f"cat > {q(str(units / UNIT))} <<'UNIT'\n{unit}UNIT")
-    lines += ["systemctl daemon-reload", f"systemctl enable {UNIT}", f"systemctl restart {UNIT}"]
+        lines.append(f"echo {shlex.quote(told)}")
     return "\n".join(lines) + "\n"
 
 
-def _settings(home: Path, link: Connection) -> str:
-    """The service's afya.toml: the clinic's own table [client], with the server's address. Raises SettingsWrong."""
-    import json
+def _one_ledger(home: Path, state: Path) -> list[str]:
+    """Lines that change nothing where the service has a ledger of its own: two budgets would be spent."""
+    old = shlex.quote(str(state / "privacy"))
+    told = (
+        f"{state / 'privacy'} holds a privacy ledger beside that of the clinic: stop {UNIT} and move the folder to "
+        f"{home / 'privacy'}; where there is one already, keep it aside and lower dp_epsilon by what it has spent."
+    )
+    return [f'if [ -n "$(ls -A {old} 2>/dev/null)" ]; then echo {shlex.quote(told)} >&2; exit 1; fi']
 
-    table = {**limits.read_settings(home).get("client", {}), "server": link.server}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in table.items() if name not in ("ca", "key", "port")]
-    return "\n".join(["# Made from the clinic's afya.toml by afya-client join --service.", "[client]", *lines, ""])
+
+def _user(home: Path, state: Path) -> list[str]:
+    """Lines that make the service's user and let the clinic's into its group."""
+    lines = [
+        f"getent group {USER} >/dev/null || groupadd --system {USER}",
+        f"id -u {USER} >/dev/null 2>&1 || useradd --system --gid {USER} --home-dir {shlex.quote(str(state))} "
+        f"--no-create-home --shell /usr/sbin/nologin {USER}",
+    ]
+    if owner(home) != "root":
+        lines.append(f"usermod -a -G {USER} {shlex.quote(owner(home))}  # counts from the next login on")
+    return lines
+
+
+def _state(link: Connection, state: Path) -> list[str]:
+    """Lines that make the service's own folder, with the places where the clinic's are bound and the keys."""
+    q, federation = shlex.quote, shlex.quote(str(state / "federation"))
+    places = " ".join(q(str(state / name)) for name in (*BOUND, "model"))
+    lines = [
+        f"install -d -o {USER} -g {USER} -m 0700 {q(str(state))} {q(str(state / 'flower'))}",
+        f"install -d -o root -g {USER} -m 0750 {places}",
+        f"install -d -o {USER} -g {USER} -m 0700 {federation}",
+        f"rm -f {q(str(state / 'afya.toml'))}  # settings as they once were",
+    ]
+    for name, source in _handed(link).items():
+        lines.append(f"install -o {USER} -g {USER} -m 0600 {q(str(source.resolve()))} {federation}/{name}")
+    return lines
+
+
+def installed(home: Path) -> str:
+    """The text of the installed unit when it serves this home, else an empty string."""
+    try:
+        text = (UNITS / UNIT).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    return text if f"={home.resolve()}/training:" in text else ""
+
+
+def outdated(home: Path, link: Connection) -> list[str]:
+    """Names of the entries in which installed units differ from what would be installed now. Raises ServiceError."""
+    names = set()
+    for unit, text in _fill(home, link, STATE, []).items():
+        path = UNITS / unit
+        there = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+        names |= {line.partition("=")[0] for line in there ^ set(text.splitlines())}
+    return sorted(names - {"IPAddressAllow"})
+
+
+def behind(home: Path) -> str:
+    """A sentence when a service is installed for this home and works with other settings, else an empty string."""
+    if not installed(home):
+        return ""
+    live, copy = home / "afya.toml", home / "run" / "afya.toml"
+    if copy.is_file() and copy.read_bytes() == (live.read_bytes() if live.exists() else b""):
+        return ""
+    way = f"systemctl start {SETTINGS}" if copy.is_file() else again(home)
+    return f"the service does not work with {home / 'afya.toml'} as it is now; run `sudo {way}`."
+
+
+def again(home: Path) -> str:
+    """The command, for root, that sets the service up once more."""
+    return f"AFYA_HOME={home} afya-client join --service"
 
 
 def write_script(plan: Plan, home: Path) -> Path:
@@ -195,10 +281,11 @@ def write_script(plan: Plan, home: Path) -> Path:
     return path
 
 
-def install(plan: Plan) -> None:
-    """Run the script; for root only. Raises ServiceError with what the failing command said."""
+def install(plan: Plan) -> str:
+    """Run the script, for root only; returns what it said. Raises ServiceError with what the failing command said."""
     if os.geteuid() != 0:
         raise ServiceError("Only root can install a service; run the script that this command writes with sudo.")
     done = subprocess.run(["/bin/sh", "-s"], input=plan.script, capture_output=True, text=True, timeout=120)
     if done.returncode:
-        raise ServiceError(f"The service was not installed: {' '.join((done.stderr or done.stdout).split())[-300:]}")
+        raise ServiceError(f"The service was not installed: {' '.join((done.stderr or done.stdout).split())[-400:]}")
+    return (done.stderr + done.stdout).strip()

@@ -46,7 +46,7 @@ def test_recipes_and_the_reference_model_are_installed(installed: set[str]) -> N
 def test_no_test_and_no_data_is_installed(installed: set[str]) -> None:
     assert {path.split("/")[0] for path in installed} == set(PACKAGES)
     suffixes = {Path(path).suffix for path in installed if "/reference/" not in path}
-    assert suffixes <= {".py", ".toml", ".json", ".css", ".service"}
+    assert suffixes <= {".py", ".toml", ".json", ".css", ".path", ".service"}
 
 
 def test_the_four_commands_are_declared() -> None:

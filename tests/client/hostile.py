@@ -32,13 +32,12 @@ def sandbox() -> None:
     """The mounts of the unit in a namespace of this process, then the user, for good."""
     if LIBC.unshare(CLONE_NEWNS) or subprocess.run(["mount", "--make-rprivate", "/"]).returncode:
         sys.exit(77)  # a machine where not even root may mount
-    for name, writable in (("training", False), ("run", False), ("adapters", True)):
+    for name, writable in (("training", False), ("run", False), ("adapters", True), ("privacy", True)):
         subprocess.run(["mount", "--bind", str(HOME / name), str(STATE / name)], check=True)
         if not writable:
             subprocess.run(["mount", "-o", "remount,bind,ro", str(STATE / name)], check=True)
-    for path in (STATE / "federation", STATE / "afya.toml"):
-        subprocess.run(["mount", "--bind", str(path), str(path)], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(path)], check=True)
+    subprocess.run(["mount", "--bind", str(STATE / "federation"), str(STATE / "federation")], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(STATE / "federation")], check=True)
     os.chdir(STATE)
     os.setgroups([])
     os.setresgid(UID, UID, UID)
@@ -65,7 +64,7 @@ def attempts() -> dict[str, Callable[[], object]]:
     tried |= {f"list {name}": lambda n=name: os.listdir(n) for name in ("/root", str(OTHER), f"/proc/{KIOSK}/fd")}
     out = [HOME / "new", HOME / "kiosk.db", OTHER / "new", sample, STATE / "training/images/new.png"]
     out += [HOME / "verified/allowed.json", HOME / "verified/newest.json"]
-    out += [STATE / "training/new", STATE / "run/asking", STATE / "federation/ca.crt", STATE / "afya.toml"]
+    out += [STATE / "training/new", STATE / "run/asking", STATE / "federation/ca.crt", STATE / "run/afya.toml"]
     out += [pathlib.Path(name) / "afya-hostile" for name in ("/etc", "/etc/cron.d", "/usr/local/bin", "/root", "/")]
     tried |= {f"write {path}": lambda p=path: write(p) for path in out}
     tried |= {
@@ -74,7 +73,8 @@ def attempts() -> dict[str, Callable[[], object]]:
         "rename a sample": lambda: os.rename(sample, STATE / "taken"),
         "open a sample to all": lambda: os.chmod(sample, 0o666),
         "open training to all": lambda: os.chmod(STATE / "training", 0o777),
-        "replace the limits": lambda: os.replace(STATE / "flower/own", STATE / "afya.toml"),
+        "open the ledger to all": lambda: os.chmod(STATE / "privacy", 0o777),
+        "replace the limits": lambda: os.replace(STATE / "flower/own", STATE / "run/afya.toml"),
         "up from training": (STATE / "training/../../clinic/kiosk.db").read_bytes,
         "through a symlink": lambda: through_a_link(os.symlink),
         "through a hard link": lambda: through_a_link(os.link),
@@ -121,6 +121,8 @@ def duties() -> dict[str, object]:
     return {
         "samples": len(os.listdir(STATE / "training/samples")),
         "key": len((STATE / "federation/node.key").read_bytes()),
+        "ledger": len((STATE / "privacy/ledger.json").read_bytes()),
+        "settings": len((STATE / "run/afya.toml").read_bytes()),
     }
 
 

@@ -35,12 +35,17 @@ def test_the_server_prints_its_own_script(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def unit(afya_home: Path, tmp_path: Path, tiny: Path) -> str:
+def units(afya_home: Path, tmp_path: Path, tiny: Path) -> dict[str, str]:
     certs.make(tmp_path / "c", ["north"])
     fill(afya_home, [], tiny)
     link = node.connection(afya_home, "127.0.0.1:8443", tmp_path / "c/clinics/north")
     assert link is not None
     return service.fill(afya_home, link)
+
+
+@pytest.fixture
+def unit(units: dict[str, str]) -> str:
+    return units[service.UNIT]
 
 
 def settings(text: str) -> dict[str, list[str]]:
@@ -59,10 +64,11 @@ def test_the_unit_shows_the_client_its_own_and_hides_the_clinic(unit: str, afya_
     found = settings(unit)
     state = service.STATE
     assert found["BindReadOnlyPaths"][:2] == [f"{afya_home}/training:{state}/training", f"{afya_home}/run:{state}/run"]
-    assert found["BindPaths"] == [f"{afya_home}/adapters:{state}/adapters"]
+    assert found["BindPaths"] == [f"{afya_home}/{name}:{state}/{name}" for name in ("adapters", "privacy")]
     assert f"-{afya_home}" in found["InaccessiblePaths"]
     assert found["ReadWritePaths"] == [str(state)] and found["User"] == ["afya-client"]
-    assert found["ReadOnlyPaths"] == [f"{state}/federation", f"-{state}/afya.toml"]
+    assert found["ReadOnlyPaths"] == [f"{state}/federation"]
+    assert f"AFYA_SETTINGS={state}/run/afya.toml" in found["Environment"][0].split()
     assert found["CapabilityBoundingSet"] == [""] and found["NoNewPrivileges"] == ["yes"]
     assert found["IPAddressDeny"] == ["any"] and found["IPAddressAllow"] == ["localhost 127.0.0.1"]
     for name in ("MemoryMax", "TasksMax", "LimitFSIZE", "CPUWeight", "Nice", "SystemCallFilter"):
@@ -70,14 +76,16 @@ def test_the_unit_shows_the_client_its_own_and_hides_the_clinic(unit: str, afya_
 
 
 @pytest.mark.parametrize("which", ["client", "server"])
-def test_systemd_finds_no_fault_in_the_units(unit: str, tmp_path: Path, which: str) -> None:
+def test_systemd_finds_no_fault_in_the_units(units: dict[str, str], tmp_path: Path, which: str) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed")
-    text = unit if which == "client" else server_service.fill("0.0.0.0:8443")
     file = tmp_path / f"afya-{which}.service"
-    file.write_text(text)
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(file)], capture_output=True, text=True)
-    own = [line for line in (done.stdout + done.stderr).splitlines() if file.name in line or "Unknown" in line]
+    texts = units if which == "client" else {file.name: server_service.fill("0.0.0.0:8443")}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    files = [str(tmp_path / name) for name in texts]
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *files], capture_output=True, text=True)
+    own = [line for line in (done.stdout + done.stderr).splitlines() if f"afya-{which}" in line or "Unknown" in line]
     assert not own, own
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -95,14 +103,14 @@ def test_the_script_is_one_that_a_shell_reads(afya_home: Path, tmp_path: Path, t
     for script in (made.script, server_service.script("0.0.0.0:443", tmp_path / "c")):
         done = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert "\nmax_rank = 16\n" in made.script and '\nserver = "127.0.0.1:8443"\n' in made.script
+    assert "max_rank" not in made.script and "--server 127.0.0.1:8443 " in made.script
     assert "PRIVATE KEY" not in made.script
     assert settings(server_service.fill("0.0.0.0:443"))["AmbientCapabilities"] == ["CAP_NET_BIND_SERVICE"]
 
 
 INSTALL = """
 mount --make-rprivate / && mount -t tmpfs none /var/lib || exit 77
-cp -a /etc {own}/etc && mount --bind {own}/etc /etc
+cp -a /etc {own}/etc && mount --bind {own}/etc /etc || exit 77
 printf '#!/bin/sh\\necho "$@" >> {own}/systemctl.log\\n' > {own}/bin/systemctl && chmod 755 {own}/bin/systemctl
 export PATH={own}/bin:$PATH
 sh {own}/script && sh {own}/script && cat /etc/systemd/system/afya-client.service > {own}/unit
@@ -121,6 +129,8 @@ def test_the_script_sets_up_user_modes_and_unit_and_may_run_twice(afya_home: Pat
     made = service.plan(afya_home, link)
     (tmp_path / "script").write_text(made.script)
     (tmp_path / "bin").mkdir()
+    (afya_home / "privacy").mkdir(mode=0o700)
+    (afya_home / "privacy/ledger.json").touch(mode=0o600)
     commands = INSTALL.format(own=tmp_path, home=afya_home)
     done = subprocess.run(["unshare", "-m", "sh", "-c", commands], capture_output=True, text=True, timeout=60)
     if done.returncode == 77:
@@ -132,11 +142,16 @@ def test_the_script_sets_up_user_modes_and_unit_and_may_run_twice(afya_home: Pat
     expected |= {f"{own}/adapters": "root:afya-client 2770", f"{own}/run": "root:afya-client 2750"}
     expected |= {f"{own}/training/samples/0000.json": "root:afya-client 640"}
     expected |= {f"{state}/federation/node.key": "afya-client:afya-client 600", state: "afya-client:afya-client 700"}
-    expected |= {f"{state}/afya.toml": "root:afya-client 640"}
+    expected |= {f"{own}/privacy": "root:afya-client 2770", f"{own}/privacy/ledger.json": "root:afya-client 640"}
+    expected |= {f"{state}/privacy": "root:afya-client 750", f"{own}/afya.toml": "root:root 644"}
     assert {path: modes.get(path) for path in expected} == expected
-    assert (tmp_path / "unit").read_text() == made.unit
+    assert (tmp_path / "unit").read_text() == made.units[service.UNIT]
     told = (tmp_path / "systemctl.log").read_text().splitlines()
-    assert told == ["daemon-reload", "enable afya-client.service", "restart afya-client.service"] * 2
+    both = (
+        "enable afya-client.service afya-client-settings.path",
+        "restart afya-client-settings.path afya-client.service",
+    )
+    assert told == ["daemon-reload", *both] * 2
 
 
 CONNECT = """
@@ -208,6 +223,9 @@ def clinic() -> Iterator[Path]:
         for name in ("training/samples", "training/images", "adapters"):
             (home / name).mkdir(parents=True)
         write_atomic(home / "training/samples/0001.json", b"{}")
+        for name in ("run/afya.toml", "privacy/ledger.json"):
+            (home / name).parent.mkdir()
+            write_atomic(home / name, b"the clinic's own")
         (root / "model").mkdir()
         (root / "other").mkdir(mode=0o700)
         for name in ("id_ed25519", "notes.txt"):
@@ -217,9 +235,9 @@ def clinic() -> Iterator[Path]:
         subprocess.run(
             ["sh", "-e"], input="\n".join(service.modes(home, root / "model", "nogroup")), text=True, check=True
         )
-        for name in ("training", "run", "adapters", "federation", "flower"):
+        for name in (*service.BOUND, "federation", "flower"):
             (state / name).mkdir(parents=True)
-        for name in ("federation/ca.crt", "federation/node.key", "afya.toml"):
+        for name in ("federation/ca.crt", "federation/node.key"):
             (state / name).write_bytes(b"the service's own")
         _own(state, CLIENT_USER)
         os.chmod(state, 0o700)
@@ -253,7 +271,7 @@ def attack(root: Path, user: int) -> dict[str, object]:
 def test_a_hostile_client_gets_nothing(clinic: Path) -> None:
     before = {path: path.read_bytes() for path in (clinic / "clinic").rglob("*") if path.is_file()}
     found = attack(clinic, CLIENT_USER)
-    assert found["able"] == {"samples": 1, "key": 17}
+    assert found["able"] == {"samples": 1, "key": 17, "ledger": 16, "settings": 16}
     assert found["succeeded"] == []
     assert len(found["refused"]) >= 50, len(found["refused"])
     changed = {path for path in before if path.read_bytes() != before[path]}

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from client import invitation, service
+from client import invitation, ledger, sealed, service
 from model import adapters, phantoms
+from model.files import write_atomic
 from scripts.federation import Local, family, free_ports
 from tests.client.clinic import fill
 
@@ -32,14 +33,15 @@ mount --move {root}/python {python}
 mount --bind {home}/training {state}/training && mount -o remount,bind,ro {state}/training
 mount --bind {home}/run {state}/run && mount -o remount,bind,ro {state}/run
 mount --bind {home}/adapters {state}/adapters
+mount --bind {home}/privacy {state}/privacy
 mount --bind {model} {state}/model && mount -o remount,bind,ro {state}/model
 mount --bind {state}/federation {state}/federation && mount -o remount,bind,ro {state}/federation
-mount --bind {state}/afya.toml {state}/afya.toml && mount -o remount,bind,ro {state}/afya.toml
 mount -t tmpfs -o mode=000 none {home}
 cd {state}
 exec setpriv --reuid={user} --regid={user} --clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all \\
-    env AFYA_HOME={state} AFYA_MODEL={state}/model HOME={state} PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={code} \\
-    {program} -c 'from client.cli import main; main()' join --foreground --port {port}
+    env AFYA_HOME={state} AFYA_SETTINGS={state}/run/afya.toml AFYA_MODEL={state}/model HOME={state} \\
+    PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={code} {program} -c 'from client.cli import main; main()' \\
+    join --foreground --server {server} --bundle {state}/federation --port {port}
 """
 
 
@@ -58,20 +60,20 @@ def _own(folder: Path, user: int) -> None:
         os.chown(path, user, user)
 
 
-def _clinic(place: Path, tiny: Path, server: str, file: Path) -> tuple[Path, Path]:
+def _clinic(place: Path, tiny: Path, file: Path) -> tuple[Path, Path]:
     """The clinic's home, of the kiosk's user, and the service's folder; with the modes of `join --service`."""
     home, state = place / "clinic", place / "state"
     model = shutil.copytree(tiny, place / "model")
     for path in model.iterdir():
         os.chmod(path, 0o600)
-    fill(home, phantoms.make(3, ["plain"], seed=1, size=48), model)
+    fill(home, phantoms.make(3, ["plain"], seed=1, size=48), model, "dp = true\ndp_noise = 8.0")
     (home / "kiosk.db").write_bytes(b"cases")
     _own(home, KIOSK_USER)
     subprocess.run(["sh", "-e"], input="\n".join(service.modes(home, model, "nogroup")), text=True, check=True)
-    for name in ("training", "run", "adapters", "model", "flower"):
+    write_atomic(home / "run/afya.toml", (home / "afya.toml").read_bytes())
+    for name in (*service.BOUND, "model", "flower"):
         (state / name).mkdir(parents=True)
     invitation.unpack(state, invitation.read(file))
-    (state / "afya.toml").write_text(f'[client]\nserver = "{server}"\nmin_cases = 1\n')
     _own(state, CLIENT_USER)
     os.chmod(state, 0o700)
     (place / "python").mkdir()
@@ -84,9 +86,10 @@ def test_a_round_works_as_the_services_user(place: Path, tmp_path: Path, tiny: P
         file = tmp_path / "lakeside.afya"
         options = ["--out", str(file), "--server", local.server, "--base-model", str(tiny)]
         local.command("server", "invite", "lakeside", *options, *local.places())
-        home, state = _clinic(place, tiny, local.server, file)
+        home, state = _clinic(place, tiny, file)
         values = {"python": sys.base_prefix, "root": place, "home": home, "state": state, "model": place / "model"}
         values |= {"user": CLIENT_USER, "code": ROOT, "program": sys.executable, "port": free_ports(1)[0]}
+        values |= {"server": local.server}
         script = MOUNTS.format(**{name: shlex.quote(str(value)) for name, value in values.items()})
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": "/tmp"}
         with open(tmp_path / "client.log", "wb") as log:
@@ -95,7 +98,7 @@ def test_a_round_works_as_the_services_user(place: Path, tmp_path: Path, tiny: P
             )
         try:
             config = {"num-server-rounds": 1, "min-clinics": 1, "rank": 2, "local-steps": 8, "batch-size": 8}
-            events = local.rounds({**config, "round-deadline": 60.0})
+            events = local.rounds({**config, "round-deadline": 120.0})
             assert child.poll() is None, (tmp_path / "client.log").read_text()
         finally:
             for process in family(child.pid):
@@ -112,4 +115,7 @@ def test_a_round_works_as_the_services_user(place: Path, tmp_path: Path, tiny: P
     reading = subprocess.run(["cat", *names], capture_output=True, **kiosk)
     assert reading.returncode == 0, reading.stderr
     assert adapters.current(home) == folder
+    charged = home / "privacy/ledger.json"  # of the clinic's own ledger, which its user reads as a member of the group
+    assert charged.stat().st_uid == CLIENT_USER and [row.round for row in ledger.read(home)] == [1]
+    assert subprocess.run(["cat", str(charged), str(home / sealed.FILE)], capture_output=True, **kiosk).returncode == 0
     assert {path.stat().st_mode & 0o004 for path in (place / "model").glob("*.safetensors")} == {0}
