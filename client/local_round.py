@@ -70,14 +70,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
     cost = _cost(request, allowed, len(samples), cases, home) if allowed.dp else None
     left = max(0.0, seconds - (time.monotonic() - start))
     trained = _train(request, allowed, samples, base, state, home, left, cost)
-    if not cost and trained.cases < allowed.min_cases:
-        raise limits.Refused(
-            f"the update was made of {trained.cases} patients, and this clinic sends nothing below {allowed.min_cases}"
-        )
-    if trained.steps < allowed.min_steps:
-        raise limits.Refused(
-            f"the time was over after {trained.steps} steps, and this clinic sends nothing below {allowed.min_steps}"
-        )
+    _enough(trained, allowed)
     moved = wire.rounded({n: array for n, array in trained.state.items() if adapters.factor(n) in request.factor})
     vectors = {wire.key(factor): wire.pack(moved, factor) for factor in request.factor}
     metrics: dict[str, int | float] = {
@@ -96,6 +89,18 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
         metrics |= {"loss-before": trained.loss_before, "loss-after": trained.loss_after}
         metrics |= {"cpu-seconds": time.process_time(), "peak-rss-mib": trained.peak_rss_mib}
     return Reply(vectors, metrics)
+
+
+def _enough(trained: "Trained", allowed: limits.Limits) -> None:
+    """Raise Refused for an update of too few patients (with `dp` the noise speaks for them) or steps."""
+    if not allowed.dp and trained.cases < allowed.min_cases:
+        raise limits.Refused(
+            f"the update was made of {trained.cases} patients, and this clinic sends nothing below {allowed.min_cases}"
+        )
+    if trained.steps < allowed.min_steps:
+        raise limits.Refused(
+            f"the time was over after {trained.steps} steps, and this clinic sends nothing below {allowed.min_steps}"
+        )
 
 
 def _cost(request: limits.Request, allowed: limits.Limits, samples: int, cases: int, home: Path) -> ledger.Entry:
