@@ -9,7 +9,7 @@ import datetime
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -193,29 +193,33 @@ def check(
         raise Refused(f"the base model asked for is {request.base_sha256[:12]}, this clinic has {base_sha256[:12]}")
     if request.factor not in ("A", "B", "AB"):
         raise Refused(f"the factor asked for is {request.factor[:20]!r}, not A, B or AB")
-    check_targets(spec, limits)
+    check_adapter(spec, limits)
     ranges = (
         ("local-steps", request.local_steps, limits.min_steps, limits.max_steps),
         ("lr", request.lr, limits.min_lr, limits.max_lr),
         ("lr-ratio", request.lr_ratio, 1.0, 1024.0),
         ("lr times lr-ratio", request.lr * request.lr_ratio, limits.min_lr, limits.max_lr),
         ("batch-size", request.batch_size, 1, limits.max_batch),
-        ("rank", spec.rank, 1, limits.max_rank),
-        ("alpha", request.alpha, 1e-3, limits.max_alpha),
         ("server-round", request.server_round, 1, 1_000_000),
         ("proximal-mu", request.proximal_mu, 0.0, limits.max_mu),
     )
-    for name, value, low, high in ranges:
-        if not low <= value <= high:
-            raise Refused(f"{name} is {value}, this clinic allows {low} to {high}")
+    _within(ranges)
     if examples < limits.min_examples:
         raise Refused(f"this clinic has {examples} consented samples and takes part from {limits.min_examples}")
     if cases < limits.min_cases:
         raise Refused(f"this clinic has samples of {cases} patients and takes part from {limits.min_cases}")
 
 
-def check_targets(spec: adapters.AdapterSpec, limits: Limits) -> None:
-    """Raise Refused unless every layer of the adapter is one this clinic allows."""
+def _within(ranges: Iterable[tuple[str, float, float, float]]) -> None:
+    """Raise Refused for the first (name, value, low, high) whose value lies outside."""
+    for name, value, low, high in ranges:
+        if not low <= value <= high:
+            raise Refused(f"{name} is {value}, this clinic allows {low} to {high}")
+
+
+def check_adapter(spec: adapters.AdapterSpec, limits: Limits) -> None:
+    """Raise Refused unless the adapter's layers, rank and scale are ones this clinic allows."""
+    _within((("rank", spec.rank, 1, limits.max_rank), ("alpha", spec.alpha, 1e-3, limits.max_alpha)))
     pattern = re.compile(adapters.targets_pattern(limits.targets))
     outside = [name for name in spec.target_modules if not pattern.fullmatch(name)]
     if outside:

@@ -24,7 +24,7 @@ def unpack(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, fol
 
     state = wire.unpack(arrays, wire.read_layout(str(config["layout"])))
     spec = adapters.spec_of(state, float(config["alpha"]), str(config["base-sha256"]))
-    limits.check_targets(spec, limits.read_limits(home))
+    limits.check_adapter(spec, limits.read_limits(home))
     own = base_sha256(limits.base_model(home))
     if spec.base_sha256 != own:
         raise limits.Refused(f"the adapter is for the base {spec.base_sha256[:12]}, this clinic has {own[:12]}")

@@ -7,6 +7,7 @@ counts leave (`model.exam_counts`), and none from a set that is small. Not cover
 made to tell single rows apart, and a lost sealed.json, after which other pictures are sealed.
 """
 
+import datetime
 import hashlib
 import hmac
 import json
@@ -90,24 +91,30 @@ def _closed(seal: Seal, samples: "Iterable[Sample]") -> set[str]:
     return {group for group in groups if seal.closed(group)} if len(groups) >= MIN_PICTURES else set()
 
 
-def examine(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) -> tuple[dict[str, Any], str]:
+def examine(
+    config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, now: datetime.datetime | None = None
+) -> tuple[dict[str, Any], str]:
     """Counts of a candidate beside what is installed here, on the sealed set, at the kiosk's bits; and its hash.
 
-    Raises Refused with the reason; then nothing about the samples has left.
+    Hours, minutes and memory are those of training; `now` is the local time, there for tests. Raises Refused with the
+    reason; then nothing about the samples has left.
     """
-    from client import received
+    from client import memory, received
     from model.data import DataError, read_training
     from model.exam import ExamTooLong
     from model.llava import ModelError
     from model.presets import PresetMissing
 
+    start = time.monotonic()
     known = (limits.SettingsWrong, adapters.AdapterRejected, DataError, ModelError, PresetMissing, ExamTooLong)
     try:
+        allowed = limits.read_limits(home)
+        end = start + limits.check_open(allowed, now or datetime.datetime.now())
         samples = sealed(home, read_training(home / "training"))
-        with tempfile.TemporaryDirectory(prefix="afya-candidate-") as scratch:
+        with memory.capped(allowed.max_memory_mib), tempfile.TemporaryDirectory(prefix="afya-candidate-") as scratch:
             folder = Path(scratch) / "adapter"
             digest = received.unpack(config, arrays, home, folder)
-            return _compare(home, samples, folder), digest
+            return _compare(home, samples, folder, allowed, end), digest
     except known as error:
         raise limits.Refused(str(error)) from error
     except (KeyError, TypeError) as error:
@@ -116,14 +123,13 @@ def examine(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) ->
         raise limits.Refused(f"the examination stopped: {error}") from error
 
 
-def _compare(home: Path, samples: "list[Sample]", folder: Path) -> dict[str, Any]:
+def _compare(home: Path, samples: "list[Sample]", folder: Path, allowed: limits.Limits, end: float) -> dict[str, Any]:
     """Answer the samples as this clinic's kiosk would; the kiosk goes first."""
     import torch
 
     from client import courtesy
     from model import backend_choice, exam, manifest
 
-    allowed = limits.read_limits(home)
     if allowed.threads:
         torch.set_num_threads(allowed.threads)
     base = limits.base_model(home)
@@ -131,7 +137,6 @@ def _compare(home: Path, samples: "list[Sample]", folder: Path) -> dict[str, Any
     backend: Any = backend_choice.open_backend(base, asked)
     if hasattr(backend.loaded, "core"):
         courtesy.between_layers(backend.loaded.model, courtesy.Courtesy(home).pause)
-    end = time.monotonic() + 60 * allowed.max_minutes
     bits = backend_choice.bits_of(base, asked)
     found = exam.compare(backend, samples, adapters.current(home), folder, bits=bits, end=end, say=_say)
     return dict(found.record())
