@@ -73,8 +73,10 @@ def release_reply(content: RecordDict, home: Path) -> RecordDict:
         name, digest, notice = received.install(config, arrays, home)
     except (limits.Refused, limits.SettingsWrong, AdapterRejected, ModelError, PresetMissing) as error:
         return _refusal(str(error))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         return _refusal(f"the release is not readable: {error}")
+    except OSError as error:
+        return _refusal(f"the release cannot be written here: {error.strerror or error}")
     print(f"Adapter {name} installed{'; ' + notice if notice else ''}.", flush=True)
     return RecordDict({"config": ConfigRecord({"installed": name, "sha256": digest})})
 

@@ -201,6 +201,7 @@ def check(
         ("lr times lr-ratio", request.lr * request.lr_ratio, limits.min_lr, limits.max_lr),
         ("batch-size", request.batch_size, 1, limits.max_batch),
         ("server-round", request.server_round, 1, 1_000_000),
+        ("seed", request.seed, 0, 2**31),
         ("proximal-mu", request.proximal_mu, 0.0, limits.max_mu),
     )
     _within(ranges)

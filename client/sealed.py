@@ -106,7 +106,7 @@ def examine(
     from model.presets import PresetMissing
 
     start = time.monotonic()
-    known = (limits.SettingsWrong, adapters.AdapterRejected, DataError, ModelError, PresetMissing, ExamTooLong)
+    known = (limits.SettingsWrong, adapters.AdapterRejected, DataError, ModelError, PresetMissing, ExamTooLong, OSError)
     try:
         allowed = limits.read_limits(home)
         end = start + limits.check_open(allowed, now or datetime.datetime.now())
@@ -117,7 +117,7 @@ def examine(
             return _compare(home, samples, folder, allowed, end), digest
     except known as error:
         raise limits.Refused(str(error)) from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise limits.Refused(f"the candidate is not readable: {error}") from error
     except (RuntimeError, MemoryError) as error:
         raise limits.Refused(f"the examination stopped: {error}") from error

@@ -44,7 +44,7 @@ def read_layout(text: str) -> dict[str, tuple[int, ...]]:
         found = json.loads(text)
         rank, rows = found["rank"], found["modules"]
         sizes = [(str(name), int(out), int(inside)) for name, out, inside in rows]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise AdapterRejected("the layout of the adapter is not readable") from error
     if type(rank) is not int or rank < 1 or not 0 < len(sizes) <= MAX_MODULES:
         raise AdapterRejected(f"the layout names rank {rank} and {len(sizes)} layers")

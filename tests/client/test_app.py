@@ -56,6 +56,8 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
     "a rate that is no number": ({"lr": float("nan")}, "lr is nan"),
     "a negative rate": ({"lr": -1.0}, "lr is -1.0"),
     "a huge batch": ({"batch_size": 10_000}, "batch-size is 10000"),
+    "a negative seed": ({"seed": -5}, "seed is -5"),
+    "a layout without an end": ({"layout": '{"rank": 2, "modules": [["q", Infinity, 4]]}'}, "layout"),
     "a huge scale": ({"alpha": 1e9}, "alpha"),
     "no known factor": ({"factor": "C"}, "factor"),
     "a path": ({"output_dir": "/home"}, "'output-dir'"),
