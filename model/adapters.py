@@ -180,6 +180,11 @@ def pieces(folder: Path, name: str) -> Iterator[bytes]:
     """
     try:
         yield from plain_pieces(folder / name, FILES[name])
+    except PermissionError as error:
+        raise AdapterRejected(
+            f"{folder} may not be read by this user; log out and in again, then start the kiosk anew, since "
+            "`afya-client join --service` put this user into a group."
+        ) from error
     except OSError as error:
         raise AdapterRejected(f"{folder} is not a readable adapter folder ({error}).") from error
 

@@ -91,6 +91,9 @@ def public_key(path: Path) -> Any:
         found = load_pem_public_key(path.read_bytes())
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        words = f"{path} may not be read by this user"
+        raise AdapterRejected(f"{words}; run `sudo chown -R $USER: {path.parent}` as the clinic's user.") from error
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise AdapterRejected(f"{path} is no readable public key; copy it again from the coordinator.") from error
     if not isinstance(found, Ed25519PublicKey):

@@ -35,7 +35,11 @@ DOORS = {
     "peft": ["model/attach.py", "client/trainer.py", "server/stage_model.py"],
     "bitsandbytes": ["model/llava.py"],
     "triton": ["model/cuda_kernels.py"],
-    "flwr": ["client/app.py", "client/supernode.py", "server/app.py", "server/pulling.py", "server/release.py", "server/rounds.py"],
+    "flwr": [
+        "client/app.py",
+        "client/supernode.py",
+        *(f"server/{name}.py" for name in ("app", "pulling", "release", "rounds")),
+    ],
     "deepspeed": ["server/train.py", "server/stage.py", "server/stage_model.py"],
     "streamlit": ["kiosk/app.py", "kiosk/views*.py", "server/page.py"],
     "sqlite_utils": ["kiosk/store.py", "kiosk/schema.py"],
