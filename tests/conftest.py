@@ -23,17 +23,6 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every other file is one with slow tests while there are any, so that no worker is left alone with one at the end.
-
-    Nor do many of them, which start a dozen processes each, meet on two cores.
-    """
-    slow = dict.fromkeys(item.path for item in items if item.get_closest_marker("slow"))
-    quick = dict.fromkeys(item.path for item in items if item.path not in slow)
-    place = {path: 2 * n for n, path in enumerate(slow)} | {path: 2 * n + 1 for n, path in enumerate(quick)}
-    items.sort(key=lambda item: place[item.path])  # stable: within a file the order stays
-
-
 @pytest.fixture(autouse=True)
 def afya_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clinic's home of this test alone; nothing in the user's own ~/.afya or ~/.flwr is read or written."""
