@@ -65,4 +65,4 @@ def _stand_in(request: Any, allowed: Any, samples: list[Any], base: Path, state:
         for name, array in state.items()
     }
     given = {"steps": request.local_steps, "waited": 0.0, "loss_before": 1.0, "loss_after": 1.0, "peak_rss_mib": 0.0}
-    return SimpleNamespace(state=moved, **given)
+    return SimpleNamespace(state=moved, cases=len({sample.group for sample in samples}), **given)
