@@ -59,7 +59,8 @@ def install(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) ->
 
 
 def _check_newer(record: Mapping[str, Any], newest: int) -> None:
-    """Raise Refused for a signed release from before the newest that this clinic has installed."""
-    serial = record.get("serial")
-    if type(serial) is not int or serial < 1 or serial < newest:
+    """Raise Refused for a signed release from before the newest that this clinic has installed, AdapterRejected for one
+    without a number."""
+    serial = passport.serial_of(record)
+    if serial < newest:
         raise limits.Refused(f"the release has number {serial}, and this clinic has already seen {newest}")

@@ -7,7 +7,6 @@ counts leave (`model.exam_counts`), and none from a set that is small. Not cover
 made to tell single rows apart, and a lost sealed.json, after which other pictures are sealed.
 """
 
-import datetime
 import hashlib
 import hmac
 import json
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from client import ledger, limits
 from model import adapters
+from model.exam_counts import LEAST_GROUPS, LEAST_ROWS
 from model.files import read_plain, write_atomic
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 FILE = Path("privacy") / "sealed.json"
 SHARE = 0.1  # of the pictures
 MIN_PICTURES = 20  # below it a clinic needs every sample for training, and a tenth would say nothing
-MIN_ROWS, MIN_SEALED = 20, 3  # questions and pictures of a sealed set below which not even counts leave
 MAX_ROWS = 400  # questions of an examination; the rest of a larger set is left out, the same ones each time
 
 
@@ -77,10 +76,10 @@ def sealed(home: Path, samples: "list[Sample]") -> "list[Sample]":
         closed = _closed(seal, samples)
         chosen = sorted((s for s in samples if s.group in closed), key=lambda s: (seal.mark(s.group), s.id))[:MAX_ROWS]
         pictures = len({sample.group for sample in chosen})
-        if len(chosen) < MIN_ROWS or pictures < MIN_SEALED:
+        if len(chosen) < LEAST_ROWS or pictures < LEAST_GROUPS:
             raise limits.Refused(
                 f"the sealed set has {len(chosen)} questions on {pictures} pictures; counts leave this clinic from "
-                f"{MIN_ROWS} questions on {MIN_SEALED} pictures"
+                f"{LEAST_ROWS} questions on {LEAST_GROUPS} pictures"
             )
         _write(home, seal)
     return chosen
@@ -91,13 +90,11 @@ def _closed(seal: Seal, samples: "Iterable[Sample]") -> set[str]:
     return {group for group in groups if seal.closed(group)} if len(groups) >= MIN_PICTURES else set()
 
 
-def examine(
-    config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, now: datetime.datetime | None = None
-) -> tuple[dict[str, Any], str]:
+def examine(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) -> tuple[dict[str, Any], str]:
     """Counts of a candidate beside what is installed here, on the sealed set, at the kiosk's bits; and its hash.
 
-    Hours, minutes and memory are those of training; `now` is the local time, there for tests. Raises Refused with the
-    reason; then nothing about the samples has left.
+    Minutes and memory are those of training; its hours are not, or an adapter would be released unexamined by day.
+    Raises Refused with the reason; then nothing about the samples has left.
     """
     from client import memory, received
     from model.data import DataError, read_training
@@ -109,7 +106,7 @@ def examine(
     known = (limits.SettingsWrong, adapters.AdapterRejected, DataError, ModelError, PresetMissing, ExamTooLong, OSError)
     try:
         allowed = limits.read_limits(home)
-        end = start + limits.check_open(allowed, now or datetime.datetime.now())
+        end = start + 60 * allowed.max_minutes
         samples = sealed(home, read_training(home / "training"))
         with memory.capped(allowed.max_memory_mib), tempfile.TemporaryDirectory(prefix="afya-candidate-") as scratch:
             folder = Path(scratch) / "adapter"

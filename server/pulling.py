@@ -66,7 +66,7 @@ def mend() -> None:
     from flwr.app.message.array import Array
     from flwr.superlink.grid import http_grid
 
-    if getattr(http_grid.pull_objects, "bounded", False):
+    if http_grid.pull_objects.__module__ == __name__:
         return
     http_grid.pull_objects = bounded_pull(http_grid.pull_objects)
     Array.inflate = classmethod(bounded_inflate(Array.inflate.__func__))
@@ -94,7 +94,6 @@ def bounded_pull(flowers: Callable[..., Any]) -> Callable[..., Any]:
 
         return flowers(object_ids, counted, **{**options, "max_tries_per_object": None, "backoff_cap": BACKOFF})
 
-    pull.bounded = True  # type: ignore[attr-defined]
     return pull
 
 

@@ -22,7 +22,7 @@ from server.spool import Spool
 MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
 MAX_METRIC = 1e300  # a whole number beyond it, which a stick can carry, is no number for a chart or a sum
 MAX_METRICS = 64  # entries of a metric record; more is noise or an attempt to fill the disk
-WEIGHT_CAP = 2.0  # times the median number of examples: one large hospital must not own the model
+WEIGHT_CAP = 2.0  # times the lower median number of examples: one large hospital must not own the model
 REASON_LENGTH = 300  # characters of a clinic's own words that are kept
 
 
@@ -136,7 +136,7 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         str(key)[:60]: value
         for key, value in record.items()
-        if isinstance(value, (int, float)) and abs(value) < math.inf and abs(value) <= MAX_METRIC
+        if isinstance(value, (int, float)) and abs(value) <= MAX_METRIC  # which neither NaN nor infinity is
     }
 
 

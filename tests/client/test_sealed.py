@@ -1,7 +1,6 @@
 """The sealed set of a clinic: never trained on, chosen by the clinic's own key, and only counts leave."""
 
 import dataclasses
-import datetime
 import json
 import shutil
 from pathlib import Path
@@ -144,7 +143,7 @@ def test_a_poisoned_candidate_is_found_on_the_sealed_set_and_only_counts_leave(
     assert current is not None and adapters.sha256(current) == adapters.sha256(good)
 
 
-def test_an_examination_keeps_the_hours_and_an_adapter_the_bounds_of_training(
+def test_an_examination_keeps_the_minutes_and_an_adapter_the_bounds_of_training(
     tmp_path: Path, tiny: Path, clinic: tuple[Path, adapters.State]
 ) -> None:
     home, state = tmp_path / "clinic", clinic[1]
@@ -152,9 +151,9 @@ def test_an_examination_keeps_the_hours_and_an_adapter_the_bounds_of_training(
     content = release.candidate(candidate_folder(tmp_path / "good", tiny, state))
     asked = content.config_records["config"], content.array_records["arrays"]
     text = (home / "afya.toml").read_text()
-    (home / "afya.toml").write_text(text + 'hours = "22:00-06:00"\n')
-    with pytest.raises(limits.Refused, match=r"at 22:00-06:00 only"):
-        sealed.examine(*asked, home, datetime.datetime(2026, 3, 2, 12, 30))
+    (home / "afya.toml").write_text(text + "max_minutes = 0.01\n")
+    with pytest.raises(limits.Refused, match="longer than allowed"):
+        sealed.examine(*asked, home)
     (home / "afya.toml").write_text(text + "max_rank = 4\n")
     with pytest.raises(limits.Refused, match="rank is 8, this clinic allows 1 to 4"):
         sealed.examine(*asked, home)
