@@ -6,7 +6,6 @@ Neither has a setting, so both are replaced by name in the ServerApp, in the one
 what a reply may hold (`server.strategy`), and pushes (`server.proxy`).
 """
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ SPARE = 4 << 20  # bytes of a reply beside its vectors: metrics, names, the tree
 
 @dataclass
 class Bounds:
-    """What the replies of one exchange may take: until when (monotonic clock), and each how many bytes."""
+    """What the replies of one exchange may take: how many bytes each, and no more once the exchange is over."""
 
-    until: float = float("inf")
     size: int = 1 << 30
+    over: bool = False
 
 
 class Pulls:
@@ -31,10 +30,10 @@ class Pulls:
 
     bounds = Bounds()  # of the exchange that is under way
 
-    def __init__(self, pull: Callable[[str], Any], seconds: float, size: int) -> None:
+    def __init__(self, pull: Callable[[str], Any], size: int) -> None:
         self._pull, self._pool = pull, ThreadPoolExecutor(WORKERS, thread_name_prefix="pull")
         self._slow: dict[str, Future[Any]] = {}
-        self._own = Pulls.bounds = Bounds(time.monotonic() + seconds, size)
+        self._own = Pulls.bounds = Bounds(size)
 
     def sweep(self, messages: list[str]) -> Iterator[tuple[str, Any]]:
         """(message, reply) of those whose reply is there; raises what `pull` raises."""
@@ -52,7 +51,7 @@ class Pulls:
 
     def close(self) -> None:
         """End what is still under way, at its next look for an object."""
-        self._own.until = 0.0
+        self._own.over = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -73,7 +72,7 @@ def mend() -> None:
 
 
 def bounded_pull(flowers: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower's `pull_objects` that gives up at the bound of time or size with the error that it knows itself."""
+    """Flower's `pull_objects` that gives up at the end of the exchange or the bound of bytes with the error that it knows itself."""
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
     def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> Any:
@@ -84,7 +83,7 @@ def bounded_pull(flowers: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 content = pull_object_fn(object_id)
             except ObjectUnavailableError:
-                if time.monotonic() < bounds.until:
+                if not bounds.over:
                     raise
                 raise ObjectPullError(object_id, "it was not sent in time") from None
             taken += len(content)

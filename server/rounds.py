@@ -192,7 +192,7 @@ class Federation:
         messages = [Message(content, node, kind, ttl=ttl, group_id=str(number)) for node in nodes]
         sent = zip(self.grid.push_messages(messages), nodes, strict=False)
         waiting = {message_id: node for message_id, node in sent if message_id}
-        pulls = Pulls(self._pull, end - self.clock(), largest(content))
+        pulls = Pulls(self._pull, largest(content))
         try:
             while waiting:
                 for message_id, reply in pulls.sweep(list(waiting)):
