@@ -1,4 +1,4 @@
-"""`scripts/bench liars`: what one lying clinic of five costs on SLAKE, with the mean and with two robust rules.
+"""`scripts/bench liars`: what one lying clinic of five costs on SLAKE, with the mean and with three robust rules.
 
 Five clinics with a fifth of the images each, `alternating`; the first one lies in ways that no check of a single reply
 can tell (`slake_lies`). Base, test questions, resuming and intervals are those of `scripts/bench slake`.
@@ -17,7 +17,13 @@ from scripts.benches.slake import SETTINGS, rate_of
 from scripts.benches.slake_case import CHANCE, Case, rows
 from scripts.benches.slake_lies import LIES
 
-RULES = {"mean": {}, "trimmed-mean": {"cut": 1}, "multi-krum": {"aside": 1}}  # how the five replies become one
+RULES: dict[str, dict[str, int]] = {  # how the five replies become one
+    "mean": {},
+    "trimmed-mean": {"cut": 1},
+    "multi-krum": {"aside": 1},
+    "krum-then-trim": {"aside": 1, "cut": 1},
+}
+HONEST = "honest"
 _PATH = click.Path(path_type=Path)
 
 
@@ -29,6 +35,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--rate", default="4e-3", show_default=True, help="As in `scripts/bench slake`.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
+@click.option("--only-lie", type=click.Choice([HONEST, *LIES]), multiple=True, help="Again for more; default: all.")
+@click.option("--only-rule", type=click.Choice(list(RULES)), multiple=True, help="Again for more; default: all.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
 @click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
 def main(data: Path, out: Path, base: Path, seeds: int, rate: str, rounds: int, steps: int, **other: Any) -> None:
@@ -36,6 +44,8 @@ def main(data: Path, out: Path, base: Path, seeds: int, rate: str, rounds: int, 
     (out / "cases").mkdir(parents=True, exist_ok=True)
     settings = {**SETTINGS, **rate_of(rate), "rounds": rounds, "steps": steps}
     wanted = list(cases(base.resolve(), data.resolve(), out.resolve(), seeds, settings))
+    lies, rules = other["only_lie"] or (HONEST, *LIES), other["only_rule"] or tuple(RULES)
+    wanted = [case for case in wanted if (case.settings["lie"] or HONEST) in lies and case.settings["rule"] in rules]
     slake_runs.run_all(wanted, other["workers"], other["minutes"])
     report = summary(wanted)
     (out / "report.json").write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
@@ -47,7 +57,7 @@ def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, 
     for seed in range(1, seeds + 1):
         for lie in ("", *LIES):
             for rule, own in RULES.items():
-                place = out / "cases" / f"{lie or 'honest'}-{rule}-{seed}.json"
+                place = out / "cases" / f"{lie or HONEST}-{rule}-{seed}.json"
                 chosen = {**settings, "lie": lie, "rule": rule, **own}
                 yield Case("alternating", "chance", seed, str(base), str(data), str(place), chosen)
 
@@ -81,7 +91,7 @@ def table(report: Mapping[str, Any]) -> str:
     for row in report["lines"]:
         gap = row.get("difference") or {}
         told = f"{gap['points']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" if gap else ""
-        lines.append(f"| {row['lie'] or 'honest'} | {row['rule']} | {row['seeds']} | {row['percent']:.1f} | {told} |")
+        lines.append(f"| {row['lie'] or HONEST} | {row['rule']} | {row['seeds']} | {row['percent']:.1f} | {told} |")
     return "\n".join(lines)
 
 
