@@ -31,6 +31,7 @@ def main() -> None:
 
 def _guard(call: Callable[[], Any]) -> Any:
     """Run `call`; a known kind of failure becomes one plain sentence and exit code 1."""
+    from client.as_root import ScriptFailed
     from client.invitation import InvitationRejected
     from client.limits import SettingsWrong
     from client.service import ServiceError
@@ -41,7 +42,7 @@ def _guard(call: Callable[[], Any]) -> Any:
 
     try:
         return call()
-    except (InvitationRejected, ServiceError) as error:
+    except (InvitationRejected, ScriptFailed, ServiceError) as error:
         raise click.ClickException(str(error)) from error
     except (AdapterRejected, DataError, ModelError, PresetMissing, SettingsWrong) as error:
         raise click.ClickException(str(error)) from error
@@ -115,17 +116,46 @@ def join(
 
 
 def _serve(home: Path, link: Any, without_firewall: bool) -> None:
-    """Install and start the service when this is root, else write the unit and print what root has to run."""
+    """Install and start the service when this is root, else write the script and print what root has to run."""
     from client import service
 
-    plan = service.plan(home, link, without_firewall=without_firewall)
-    if os.geteuid() == 0:
-        if said := service.install(plan):
-            click.echo(said)
+    script = service.plan(home, link, without_firewall=without_firewall).script
+    if _as_root(script, home, "afya-client-service.sh", "The service was not installed"):
         click.echo(f"The service {service.UNIT} is installed and started; systemctl status {service.UNIT} shows it.")
-        return
-    script = service.write_script(plan, home)
-    click.echo(f"Wrote {script}; look at it, then have it run by somebody who may:\n  sudo sh {script}")
+
+
+def _as_root(script: str, home: Path, name: str, failed: str) -> bool:
+    """Run the script when this is root, else write it into the home and say how it is run; returns whether it ran."""
+    from client import as_root
+
+    if os.geteuid() == 0:
+        if said := as_root.run(script, failed):
+            click.echo(said)
+        return True
+    path = as_root.write(script, home, name)
+    click.echo(f"Wrote {path}; look at it, then have it run by somebody who may:\n  sudo sh {path}")
+    return False
+
+
+@main.command()
+@click.option("--yes", is_flag=True, help="Do it without asking.")
+def leave(yes: bool) -> None:
+    """Take the client's service off this machine: units, user, firewall rules and copies of keys.
+
+    Cases, samples, adapters, the privacy ledger and the federation's file stay; `join --service` takes part again.
+    """
+    from client import leaving
+    from model import files
+
+    home = files.home()
+    script = _guard(lambda: leaving.script(home))
+    if not yes:
+        click.confirm(f"Stop taking part and remove the service of {home}?", abort=True)
+    if _guard(lambda: _as_root(script, home, "afya-client-leave.sh", "The service was not removed")):
+        click.echo(
+            "The service is removed. If this clinic leaves for good, delete "
+            f"{home / 'federation'} and ask the coordinator to run afya-server revoke."
+        )
 
 
 @main.command()

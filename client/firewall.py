@@ -5,6 +5,7 @@ other one alone. Not here: loading them; the unit does so before it starts (`cli
 """
 
 import ipaddress
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from client import contact
 
 RULES = Path("/etc/afya-client.nft")
 _TABLE = "afya_client"
+_REMOVED = (f"table inet {_TABLE} {{}}", f"delete table inet {_TABLE}")  # the first, so that there is one to delete
 
 
 def program() -> str:
@@ -58,8 +60,7 @@ def rules(user: str, port: int, addresses: Sequence[str], server_port: int, name
         f"{_family(text)} daddr {text} {kind} dport 53 accept" for text in name_servers for kind in ("udp", "tcp")
     ]
     lines = [
-        f"table inet {_TABLE} {{}}",  # so that there is one to delete
-        f"delete table inet {_TABLE}",
+        *_REMOVED,
         f"table inet {_TABLE} {{",
         "  chain output {",
         "    type filter hook output priority 0; policy accept;",
@@ -71,6 +72,11 @@ def rules(user: str, port: int, addresses: Sequence[str], server_port: int, name
         "}",
     ]
     return "\n".join(["# Written by afya-client join --service; run that again after a change.", *lines, ""])
+
+
+def removal() -> str:
+    """Shell line that takes the rules out of force, whether they are or not."""
+    return f"printf '%s\\n' {' '.join(map(shlex.quote, _REMOVED))} | {program()} -f -"
 
 
 def _family(address: str) -> str:

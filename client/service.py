@@ -8,18 +8,15 @@ the units say (`client/systemd/`).
 """
 
 import hashlib
-import os
 import pwd
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from client import contact, firewall, limits
 from client.node import Connection
-from model.files import write_atomic
 
 USER = "afya-client"
 UNIT, SETTINGS, WATCH = "afya-client.service", "afya-client-settings.service", "afya-client-settings.path"
@@ -181,7 +178,7 @@ def _script(home: Path, link: Connection, state: Path, folder: Path, units: dict
         "#!/bin/sh",
         "# Sets up Afya's client as a service of its own user. May be run again.",
         "set -eu",
-        *_one_ledger(home, state),
+        *one_ledger(home, state),
         *_user(home, state),
         *modes(home, limits.base_model(home)),
         *_state(link, state),
@@ -202,7 +199,7 @@ def _script(home: Path, link: Connection, state: Path, folder: Path, units: dict
     return "\n".join(lines) + "\n"
 
 
-def _one_ledger(home: Path, state: Path) -> list[str]:
+def one_ledger(home: Path, state: Path) -> list[str]:
     """Lines that change nothing where the service has a ledger of its own: two budgets would be spent."""
     old = shlex.quote(str(state / "privacy"))
     told = (
@@ -272,20 +269,3 @@ def behind(home: Path) -> str:
 def again(home: Path) -> str:
     """The command, for root, that sets the service up once more."""
     return f"AFYA_HOME={home} afya-client join --service"
-
-
-def write_script(plan: Plan, home: Path) -> Path:
-    """Write the script into the clinic's home for somebody who may run it; returns its path."""
-    path = home / "afya-client-service.sh"
-    write_atomic(path, plan.script.encode())
-    return path
-
-
-def install(plan: Plan) -> str:
-    """Run the script, for root only; returns what it said. Raises ServiceError with what the failing command said."""
-    if os.geteuid() != 0:
-        raise ServiceError("Only root can install a service; run the script that this command writes with sudo.")
-    done = subprocess.run(["/bin/sh", "-s"], input=plan.script, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise ServiceError(f"The service was not installed: {' '.join((done.stderr or done.stdout).split())[-400:]}")
-    return (done.stderr + done.stdout).strip()

@@ -72,7 +72,7 @@ def mend() -> None:
 
 
 def bounded_pull(flowers: Callable[..., Any]) -> Callable[..., Any]:
-    """Flower's `pull_objects` that gives up at the end of the exchange or the bound of bytes with the error that it knows itself."""
+    """Flower's `pull_objects` that gives up, as Flower does, at the end of the exchange or the bound of bytes."""
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
     def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> Any:

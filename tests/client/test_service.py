@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from client import firewall, node, service
+from client import as_root, firewall, node, service
 from model import phantoms
 from model.files import read_plain, write_atomic
 from server import certs
@@ -98,7 +98,7 @@ def test_the_script_is_one_that_a_shell_reads(afya_home: Path, tmp_path: Path, t
     link = node.connection(afya_home, "127.0.0.1:8443", tmp_path / "c/clinics/north")
     assert link is not None
     made = service.plan(afya_home, link)
-    path = service.write_script(made, afya_home)
+    path = as_root.write(made.script, afya_home, "set-up.sh")
     assert path.stat().st_mode & 0o777 == 0o600
     for script in (made.script, server_service.script("0.0.0.0:443", tmp_path / "c")):
         done = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from client import doctor, firewall, invitation, ledger, limits, node, service
+from client import as_root, doctor, firewall, invitation, ledger, limits, node, service
 from client.cli import main
 from server import certs
 from tests.client.clinic import fill
@@ -140,9 +140,27 @@ def test_without_nftables_the_service_is_refused_unless_that_is_accepted(
 
 def test_what_the_script_says_is_shown_when_it_succeeds_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert service.install(service.Plan({}, "echo well; echo look >&2")) == "look\nwell"
-    with pytest.raises(service.ServiceError, match="was not installed: broken"):
-        service.install(service.Plan({}, "echo well; echo broken >&2; exit 1"))
+    assert as_root.run("echo well; echo look >&2", "Not done") == "look\nwell"
+    with pytest.raises(as_root.ScriptFailed, match="Not done: broken"):
+        as_root.run("echo well; echo broken >&2; exit 1", "Not done")
+    monkeypatch.setattr(as_root, "SECONDS", 0.1)
+    with pytest.raises(as_root.ScriptFailed, match=r"Not done: it took longer"):
+        as_root.run("sleep 9", "Not done")
+
+
+def test_leaving_needs_a_service_of_this_home_and_is_confirmed(
+    installed: Path, afya_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    done = CliRunner().invoke(main, ["leave"], input="n\n")
+    assert done.exit_code == 1 and not (afya_home / "afya-client-leave.sh").exists()
+    done = CliRunner().invoke(main, ["leave", "--yes"])
+    script = (afya_home / "afya-client-leave.sh").read_text()
+    assert done.exit_code == 0 and f"sudo sh {afya_home / 'afya-client-leave.sh'}" in done.output
+    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+    (installed / service.UNIT).write_text("another home's")
+    done = CliRunner().invoke(main, ["leave", "--yes"])
+    assert done.exit_code == 1 and "No service is installed for" in done.output
 
 
 def test_a_second_ledger_stops_the_script_before_anything_is_changed(

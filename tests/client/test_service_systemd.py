@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from client import firewall, node, service
+from client import firewall, leaving, node, service
 from model import phantoms
 from server import certs
 from tests.client.clinic import fill
@@ -90,6 +90,16 @@ systemctl restart nftables; rules; running
 systemctl stop nftables
 if systemctl is-active --quiet afya-client; then false; fi
 systemctl start nftables; running; rules
+sh {root}/leave
+if systemctl is-active --quiet afya-client || systemctl is-active --quiet afya-client-settings.path; then false; fi
+test -z "$(ls /etc/systemd/system | grep afya-client | grep -v shell.conf | grep -v service.d)"
+test ! -e /var/lib/afya-client && test ! -e /etc/afya-client.nft
+if nft list tables | grep -q afya_client || id -u afya-client || getent group afya-client; then false; fi
+test "$(stat -c '%U %a' {home}/training {home}/adapters {home}/privacy/seen | sort -u)" = "daemon 600
+daemon 700"
+sh {root}/leave
+sh {root}/script
+running; rules; seen min_cases
 echo done
 """
 
@@ -128,7 +138,9 @@ def group() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_under_systemd_the_settings_follow_and_the_rules_come_back(place: Path, group: Path, tiny: Path) -> None:
+def test_under_systemd_the_settings_follow_the_rules_come_back_and_leaving_leaves_nothing(
+    place: Path, group: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = place / "clinic"
     fill(home, phantoms.make(1, ["plain"], seed=0, size=32), shutil.copytree(tiny, place / "model"))
     certs.make(place / "c", ["north"])
@@ -142,6 +154,8 @@ def test_under_systemd_the_settings_follow_and_the_rules_come_back(place: Path, 
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text.format(**values))
     (place / "script").write_text(service.plan(home, link).script)
+    monkeypatch.setattr(service, "installed", lambda *_: "the unit of this home")
+    (place / "leave").write_text(leaving.script(home))
     inside = f"echo 0 > {group}/cgroup.procs && exec unshare -mpfnuiC --kill-child sh {place}/boot"
     child = subprocess.Popen(["sh", "-c", inside], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, end = place / "log", time.monotonic() + SECONDS

@@ -48,6 +48,7 @@ def test_two_rounds_over_tls_with_registered_keys_behind_the_proxy(tmp_path: Pat
         state, _ = adapters.load(current)
         assert all(array.any() for array in state.values())
     assert {"server/superlink", "server/proxy", "server/serverapp", "north/supernode", "west/clientapp"} <= set(peaks)
+    assert {event["clinic"] for event in events if event["event"] == "not-examined"} == set(CLINICS)
     _nothing_of_the_clinics_left(tmp_path, homes["north"])
 
 

@@ -17,8 +17,8 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from scripts.federation import Local
 from tests.server import fakes
 
-DEADLINE = 25.0  # seconds of the round
-EVERY = 8.0  # seconds between two objects of the endless reply, each of which keeps Flower's session for it open
+DEADLINE = 12.0  # seconds of the round
+EVERY = 4.0  # seconds between two objects of the endless reply, each of which keeps Flower's session for it open
 
 
 class Clinic(threading.Thread):
