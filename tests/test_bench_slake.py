@@ -128,4 +128,4 @@ def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
     whole, same = slake_case.federate(replace(case, out=str(tmp_path / "whole.json")), clinics, first)
     assert facts == same and all(np.array_equal(resumed[name], whole[name]) for name in first)
     other = replace(case, settings={**ROUNDS, "lr": 0.2})
-    assert slake_case.resumed(other, first) == (first, [], [])  # what was kept is of other settings
+    assert slake_case.resumed(other, first) == slake_case.Done(first)  # what was kept is of other settings

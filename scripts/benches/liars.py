@@ -7,6 +7,7 @@ can tell (`slake_lies`). Base, test questions, resuming and intervals are those 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ RULES: dict[str, dict[str, int]] = {  # how the five replies become one
     "krum-then-trim": {"aside": 1, "cut": 1},
 }
 HONEST = "honest"
+WAYS = [f"{lie}-{rule}" for lie in (HONEST, *LIES) for rule in RULES]
 _PATH = click.Path(path_type=Path)
 
 
@@ -35,8 +37,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--rate", default="4e-3", show_default=True, help="As in `scripts/bench slake`.")
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
-@click.option("--only-lie", type=click.Choice([HONEST, *LIES]), multiple=True, help="Again for more; default: all.")
-@click.option("--only-rule", type=click.Choice(list(RULES)), multiple=True, help="Again for more; default: all.")
+@click.option("--only", type=click.Choice(WAYS), multiple=True, help="Again for more.  [default: all]")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
 @click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
 def main(data: Path, out: Path, base: Path, seeds: int, rate: str, rounds: int, steps: int, **other: Any) -> None:
@@ -44,8 +45,7 @@ def main(data: Path, out: Path, base: Path, seeds: int, rate: str, rounds: int, 
     (out / "cases").mkdir(parents=True, exist_ok=True)
     settings = {**SETTINGS, **rate_of(rate), "rounds": rounds, "steps": steps}
     wanted = list(cases(base.resolve(), data.resolve(), out.resolve(), seeds, settings))
-    lies, rules = other["only_lie"] or (HONEST, *LIES), other["only_rule"] or tuple(RULES)
-    wanted = [case for case in wanted if (case.settings["lie"] or HONEST) in lies and case.settings["rule"] in rules]
+    wanted = [case for case in wanted if way(case) in (other["only"] or WAYS)]
     slake_runs.run_all(wanted, other["workers"], other["minutes"])
     report = summary(wanted)
     (out / "report.json").write_text(json.dumps({"settings": settings, **report}, indent=1) + "\n", encoding="utf-8")
@@ -57,9 +57,14 @@ def cases(base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, 
     for seed in range(1, seeds + 1):
         for lie in ("", *LIES):
             for rule, own in RULES.items():
-                place = out / "cases" / f"{lie or HONEST}-{rule}-{seed}.json"
                 chosen = {**settings, "lie": lie, "rule": rule, **own}
-                yield Case("alternating", "chance", seed, str(base), str(data), str(place), chosen)
+                case = Case("alternating", "chance", seed, str(base), str(data), "", chosen)
+                yield replace(case, out=str(out / "cases" / f"{way(case)}-{seed}.json"))
+
+
+def way(case: Case) -> str:
+    """The lie and the rule of a case."""
+    return f"{case.settings['lie'] or HONEST}-{case.settings['rule']}"
 
 
 def summary(wanted: Sequence[Case]) -> dict[str, Any]:
@@ -68,13 +73,18 @@ def summary(wanted: Sequence[Case]) -> dict[str, Any]:
     groups = {row.id: row.group for row in test}
     ids = sorted(groups)
     found: dict[tuple[str, str], list[slake_table.Right]] = {}
+    away: dict[tuple[str, str], list[list[list[int]]]] = {}  # who was set aside, for each seed and round
     for case in wanted:
         if slake_runs.done(case):
-            found.setdefault((case.settings["lie"], case.settings["rule"]), []).append(slake_runs.result(case)["right"])
+            key, result = (case.settings["lie"], case.settings["rule"]), slake_runs.result(case)
+            found.setdefault(key, []).append(result["right"])
+            away.setdefault(key, []).append(result.get("aside", []))
     means = {way: slake_table.mean_right(runs, ids) for way, runs in found.items()}
     lines = []
     for (lie, rule), mean in means.items():
         row: dict[str, Any] = {"lie": lie, "rule": rule, "seeds": len(found[lie, rule]), "percent": 100 * mean.mean()}
+        if rounds := [1 for each in away[lie, rule] for _ in each]:
+            row["rounds"], row["liar_set_aside"] = len(rounds), sum(0 in n for each in away[lie, rule] for n in each)
         if ("", "mean") in means:
             lost = mean - means["", "mean"]
             row["difference"] = slake_table.share(lost, lost, [groups[i] for i in ids])
@@ -85,13 +95,15 @@ def summary(wanted: Sequence[Case]) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
-        "| one clinic of five | together by | seeds | right % | against honest clinics, 95 % interval |",
-        "|---" * 5 + "|",
+        "| one clinic of five | together by | seeds | right % | against honest clinics, 95 % interval | set aside |",
+        "|---" * 6 + "|",
     ]
     for row in report["lines"]:
         gap = row.get("difference") or {}
         told = f"{gap['points']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" if gap else ""
-        lines.append(f"| {row['lie'] or HONEST} | {row['rule']} | {row['seeds']} | {row['percent']:.1f} | {told} |")
+        aside = f"{row['liar_set_aside']} of {row['rounds']} rounds" if row["lie"] and "rounds" in row else ""
+        name = f"{row['lie'] or HONEST} | {row['rule']} | {row['seeds']}"
+        lines.append(f"| {name} | {row['percent']:.1f} | {told} | {aside} |")
     return "\n".join(lines)
 
 

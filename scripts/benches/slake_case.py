@@ -105,73 +105,106 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
     return federate(case, clinics, wire.rounded(state))
 
 
+@dataclass
+class Done:
+    """Where a case is: the factors, and of each round the bytes a clinic sent, the error, the clinics set aside."""
+
+    state: Any
+    sent: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    aside: list[list[int]] = field(default_factory=list)
+
+
 def alone(case: Case, samples: Sequence[Sample], state: Any, steps: int) -> Any:
     """Both factors in one training without rounds."""
-    state, done, _ = resumed(case, state)
-    if not done:
-        state = one(case, samples, state, "AB", steps, case.seed)
-        keep(case, state, [0.0], [0.0])
-    return state
+    done = resumed(case, state)
+    if not done.sent:
+        done = Done(one(case, samples, state, "AB", steps, case.seed), [0.0], [0.0])
+        keep(case, done)
+    return done.state
 
 
 def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) -> tuple[Any, dict[str, Any]]:
     """Rounds of the case's aggregation; patients are counted, shares are capped, as on the server."""
-    from model import adapters, wire
+    from model import wire
     from scripts.benches import slake_lies
     from server import aggregate
-    from server.strategy import rate_of_round, shares
 
-    s, cut = case.settings, int(case.settings.get("cut", 0))
-    state, sent, errors = resumed(case, state)
+    s, done = case.settings, resumed(case, state)
     patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
-    weights = shares(patients)
     lies = [s.get("lie", "")] + [""] * (len(clinics) - 1)
     rows_of = [slake_lies.samples(lie, mine, case.seed) for lie, mine in zip(lies, clinics.values(), strict=True)]
     prepared = [prepare(case, mine, state) for mine in rows_of]
-    for number in range(len(sent), s["rounds"]):
-        state, replies = wire.rounded(state), []
+    for number in range(len(done.sent), s["rounds"]):
+        before = wire.rounded(done.state)
         factor = aggregate.factors_of_round(case.what, number)
-        lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
-        now, reach = replace(case, settings={**s, "lr": lr}), lr * s["steps"] * (s["lr_ratio"] if factor == "B" else 1)
-        for mine, ready, lie in zip(rows_of, prepared, lies, strict=True):
-            seed = 1000 * case.seed + number
-            after = one(now, mine, state, factor, s["steps"], seed, ready)
-            reply = {n: a for n, a in after.items() if adapters.factor(n) in factor}
-            replies.append(wire.rounded(slake_lies.reply(lie, reply, state, reach, seed)))
-        if s.get("aside"):
-            kept = aggregate.multi_krum(state, replies, s["aside"])
-            replies, weights = [replies[n] for n in kept], shares([patients[n] for n in kept])
-        combined, _ = aggregate.combine(case.what, state, replies, weights, cut=cut)
-        equal = [1 / len(replies)] * len(replies)
-        found = aggregate.fit(state, combined, replies, equal if cut else weights, s["alpha"] / s["rank"])[""]
-        errors.append(found.relative_error)
-        sent.append(wire.packed_bytes(replies[0], factor))
-        state = combined
-        keep(case, state, sent, errors)
-    return wire.rounded(state), {"bytes_up": sum(sent) / len(sent), "distance": sum(errors) / len(errors)}
+        replies = [
+            answer(case, mine, before, number, lie, ready)
+            for mine, ready, lie in zip(rows_of, prepared, lies, strict=True)
+        ]
+        together(done, case, before, replies, patients)
+        done.sent.append(wire.packed_bytes(replies[0], factor))
+        keep(case, done)
+    facts = {"bytes_up": sum(done.sent) / len(done.sent), "distance": sum(done.errors) / len(done.errors)}
+    return wire.rounded(done.state), facts | ({"aside": done.aside} if s.get("aside") else {})
+
+
+def answer(case: Case, mine: Sequence[Sample], before: Any, number: int, lie: str, ready: Any) -> Any:
+    """What a clinic sends in the round after `number` others."""
+    from model import adapters, wire
+    from scripts.benches import slake_lies
+    from server.aggregate import factors_of_round
+    from server.strategy import rate_of_round
+
+    s, seed = case.settings, 1000 * case.seed + number
+    factor = factors_of_round(case.what, number)
+    lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
+    now, reach = replace(case, settings={**s, "lr": lr}), lr * s["steps"] * (s["lr_ratio"] if factor == "B" else 1)
+    after = one(now, mine, before, factor, s["steps"], seed, ready)
+    reply = {n: a for n, a in after.items() if adapters.factor(n) in factor}
+    return wire.rounded(slake_lies.reply(lie, reply, before, reach, seed))
+
+
+def together(done: Done, case: Case, before: Any, replies: Sequence[Any], patients: Sequence[int]) -> None:
+    """Put the replies of a round together as the case says."""
+    from server import aggregate
+    from server.strategy import shares
+
+    s, kept = case.settings, list(range(len(replies)))
+    if s.get("aside"):
+        kept = aggregate.multi_krum(before, replies, s["aside"])
+    done.aside.append([n for n in range(len(replies)) if n not in kept])
+    used, cut = [replies[n] for n in kept], int(s.get("cut", 0))
+    weights = shares([patients[n] for n in kept])
+    done.state, _ = aggregate.combine(case.what, before, used, weights, cut=cut)
+    equal = [1 / len(used)] * len(used)
+    found = aggregate.fit(before, done.state, used, equal if cut else weights, s["alpha"] / s["rank"])[""]
+    done.errors.append(found.relative_error)
 
 
 def _kept(case: Case) -> Path:
     return Path(case.out).with_suffix(".npz")
 
 
-def keep(case: Case, state: Any, sent: Sequence[float], errors: Sequence[float]) -> None:
-    """Write down where the rounds are, so that a case that is stopped loses one round at most."""
+def keep(case: Case, done: Done) -> None:
+    """Write down where the case is, so that one that is stopped loses one round at most."""
     from model.files import write_atomic
 
     buffer = io.BytesIO()
-    np.savez(buffer, **state, _case=json.dumps(asdict(case)), _sent=sent, _errors=errors)
+    rest = json.dumps({"case": asdict(case), "sent": done.sent, "errors": done.errors, "aside": done.aside})
+    np.savez(buffer, **done.state, _rest=rest)
     write_atomic(_kept(case), buffer.getvalue())
 
 
-def resumed(case: Case, first: Any) -> tuple[Any, list[float], list[float]]:
-    """Factors, bytes and errors of the rounds done before; `first` and none at the start, or of another case."""
+def resumed(case: Case, first: Any) -> Done:
+    """What was done before; `first` and nothing else at the start, or where the file is of another case."""
     if not _kept(case).exists():
-        return first, [], []
+        return Done(first)
     with np.load(_kept(case)) as file:
-        if json.loads(str(file["_case"])) != asdict(case):
-            return first, [], []
-        return {name: file[name] for name in first}, file["_sent"].tolist(), file["_errors"].tolist()
+        rest = json.loads(str(file["_rest"]))
+        if rest.pop("case") != asdict(case):
+            return Done(first)
+        return Done({name: file[name] for name in first}, **rest)
 
 
 def prepare(case: Case, samples: Sequence[Sample], state: Any) -> Any:
