@@ -78,14 +78,22 @@ def certs(out: Path, clinics: tuple[str, ...], hosts: tuple[str, ...], as_json: 
     "--listen", default="127.0.0.1:8443", show_default=True, metavar="HOST:PORT", help="Where clinics connect."
 )
 @_PORT
-def start(folder: Path, state: Path, listen: str, link_port: int) -> None:
+@click.option(
+    "--clinic-gib-an-hour",
+    "gib",
+    type=click.FloatRange(0.1),
+    default=4.0,
+    show_default=True,
+    help="What one clinic may send in an hour; one that sends more is made to wait.",
+)
+def start(folder: Path, state: Path, listen: str, link_port: int, gib: float) -> None:
     """Check everything, then run the SuperLink behind its proxy until interrupted."""
     from server.link import Link, serve
 
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit():
         raise click.UsageError(f"--listen {listen!r} is not HOST:PORT.")
-    link = Link(folder.resolve(), state.resolve(), link_port)
+    link = Link(folder.resolve(), state.resolve(), link_port, int(gib * (1 << 30)))
     _guard(lambda: serve(link, (host.strip("[]"), int(port)), lambda text: click.echo(text)))
 
 

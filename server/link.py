@@ -22,7 +22,7 @@ from typing import Any
 
 from model.files import write_atomic
 from server import certs as keys
-from server import registry
+from server import quota, registry
 
 FLWR = "1.41.0"  # the version whose routes, checks and faults are known here
 UP_SECONDS = 90.0  # longest wait for a SuperLink to answer: 3 s usually, more on a machine that is busy
@@ -41,11 +41,15 @@ class LinkError(RuntimeError):
 
 @dataclass(frozen=True)
 class Link:
-    """Where a federation's server lives: `certs` and `state` folders, `port` of the SuperLink on loopback."""
+    """Where a federation's server lives: `certs` and `state` folders, `port` of the SuperLink on loopback.
+
+    `an_hour`: bytes that a clinic may send in an hour.
+    """
 
     certs: Path
     state: Path
     port: int = 8000
+    an_hour: int = quota.AN_HOUR
 
     @property
     def address(self) -> str:
@@ -156,7 +160,9 @@ async def _serve(
     from server.guard import Guard
     from server.proxy import FleetProxy, server
 
-    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt", Guard(link.state))
+    proxy = FleetProxy(
+        f"https://{link.address}", link.certs / "ca.crt", Guard(link.state), quota.Quota(link.state, link.an_hour)
+    )
     web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(web, "should_exit", True))

@@ -3,7 +3,7 @@
 Flower's Control API has no login in the open build and shares the SuperLink's port, so the SuperLink listens on
 loopback only and this stands in front. The twelve Fleet calls are listed one by one: no path is ever interpreted.
 Revoked keys and repeated signatures are refused by `server.guard`; what a clinic asks again because its line was cut
-is answered with the help of `server.again`.
+is answered with the help of `server.again`; what a clinic may send in all is `server.quota`'s.
 Not covered: limiting how often one address may call; put a firewall in front for that.
 """
 
@@ -20,6 +20,7 @@ import httpx
 
 from server.again import REPEATED, Again, Answer
 from server.guard import KEY, Guard
+from server.quota import Quota
 
 CALLS = frozenset(
     f"/v1/fleet/{name}"
@@ -62,11 +63,11 @@ class _Gone(Exception):
 class FleetProxy:
     """An ASGI application that forwards the Fleet calls to `upstream`, for example https://127.0.0.1:8000.
 
-    `guard` refuses revoked keys and signatures that were used before.
+    `guard` refuses revoked keys and signatures that were used before, `quota` more than a clinic may send.
     """
 
-    def __init__(self, upstream: str, ca: Path, guard: Guard | None = None) -> None:
-        self.upstream, self.guard, self.again = upstream.rstrip("/"), guard, Again()
+    def __init__(self, upstream: str, ca: Path, guard: Guard | None = None, quota: Quota | None = None) -> None:
+        self.upstream, self.guard, self.quota, self.again = upstream.rstrip("/"), guard, quota, Again()
         context = ssl.create_default_context(cafile=str(ca))
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
         timeout = httpx.Timeout(300.0, connect=10.0)
@@ -119,7 +120,11 @@ class FleetProxy:
             if path not in REPEATED or not key:
                 return await self._stream(path, key, request, send)
             async with self.again.lock(key):
+                if self.quota and (refused := self.quota.refusal(path, key)):
+                    return await _answer(send, *refused)
                 got = await self.client.send(request)
+                if self.quota and got.status_code == 200:
+                    self.quota.spend(path, key, len(body))
                 answer = self.again.settle(path, key, body, (got.status_code, _kept(got), got.content))
         except httpx.HTTPError:
             return await _answer(send, 502, "The SuperLink does not answer.")

@@ -14,6 +14,7 @@ import uvicorn
 
 from scripts.federation import free_ports
 from server import certs, proxy
+from server.quota import Quota
 
 PATHS = [
     "/v1/control/start-run",
@@ -54,7 +55,10 @@ class Upstream:
 
 
 def through(
-    tmp_path: Path, talk: Callable[[httpx.AsyncClient, str, Upstream], Awaitable[None]], up: bool = True
+    tmp_path: Path,
+    talk: Callable[[httpx.AsyncClient, str, Upstream], Awaitable[None]],
+    up: bool = True,
+    quota: Quota | None = None,
 ) -> None:
     """Run `talk` with a client in front of the proxy in front of `Upstream`, all on loopback, all over TLS."""
     certs.make(tmp_path / "c", [])
@@ -65,7 +69,7 @@ def through(
         upstream = Upstream()
         config = uvicorn.Config(upstream, port=ports[0], log_level="error", lifespan="off", ws="none", **files)
         behind = uvicorn.Server(config)
-        app = proxy.FleetProxy(f"https://127.0.0.1:{ports[0]}", tmp_path / "c/ca.crt")
+        app = proxy.FleetProxy(f"https://127.0.0.1:{ports[0]}", tmp_path / "c/ca.crt", quota=quota)
         front = proxy.server(app, "127.0.0.1", ports[1], tmp_path / "c/server.pem", tmp_path / "c/server.key")
         servers = [front, behind] if up else [front]
         tasks = [asyncio.create_task(server._serve()) for server in servers]
