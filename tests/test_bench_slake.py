@@ -129,3 +129,27 @@ def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
     assert facts == same and all(np.array_equal(resumed[name], whole[name]) for name in first)
     other = replace(case, settings={**ROUNDS, "lr": 0.2})
     assert slake_case.resumed(other, first) == slake_case.Done(first)  # what was kept is of other settings
+
+
+def test_pooled_training_takes_the_steps_of_one_clinic_and_the_examples_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model import adapters
+
+    asked: list[tuple[int, int, int]] = []
+
+    def one(case: slake_case.Case, mine: list[Sample], state: object, factor: str, steps: int, seed: int) -> object:
+        asked.append((case.settings["batch"], len(mine), steps))
+        return {}
+
+    monkeypatch.setattr(slake_case, "one", one)
+    monkeypatch.setattr(adapters, "initial", lambda *_: {})
+    blank = np.zeros((4, 4, 3), np.uint8)
+    meta = [{"modality": name} for name in ("CT", "MRI", "MRI", "X-Ray")]
+    samples = [Sample(str(n), blank, "q", "a", "open", str(n), "slake", meta=own) for n, own in enumerate(meta)]
+    chosen = {**ROUNDS, "batch": 5, "targets": "decoder"}
+    for what in ("pooled", "brief", "local mri"):
+        case = slake_case.Case(what, "modality", 1, "", "", str(tmp_path / f"{what}.json"), chosen)
+        slake_case.train(case, samples)
+        slake_case.train(case, samples)  # kept: not done again
+    assert asked == [(15, 4, 6), (5, 4, 6), (5, 2, 6)]

@@ -5,7 +5,7 @@ the end, at 4 bits. Each way of training has the learning rate with which it ans
 when trained on the rest (by modality; a local adapter has that of `brief`). Each case runs in a process of its own
 (`slake_case`), as many as there are cores, and is kept, round by round: the same command goes on where it was stopped.
 Intervals draw images, not seeds; a clinic's own score counts its part of the test rows. A pooled adapter takes as many
-steps as all clinics together, a brief one, pooled too, and a local one as many as one clinic.
+steps as one clinic with the examples of all clinics in each; a brief one, pooled too, and a local one with those of one.
 """
 
 import itertools
