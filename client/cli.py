@@ -117,11 +117,11 @@ def join(
 
 def _serve(home: Path, link: Any, without_firewall: bool) -> None:
     """Install and start the service when this is root, else write the script and print what root has to run."""
-    from client import service
+    from client import service, unit
 
     script = service.plan(home, link, without_firewall=without_firewall).script
     if _as_root(script, home, "afya-client-service.sh", "The service was not installed"):
-        click.echo(f"The service {service.UNIT} is installed and started; systemctl status {service.UNIT} shows it.")
+        click.echo(f"The service {unit.UNIT} is installed and started; systemctl status {unit.UNIT} shows it.")
 
 
 def _as_root(script: str, home: Path, name: str, failed: str) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from client import contact, firewall, invitation, limits, service
+from client import contact, firewall, invitation, limits, service, unit
 from client.node import Connection
 
 FLWR = "1.41.0"  # the version whose checks and faults are known here
@@ -55,7 +55,7 @@ def examine(home: Path, link: Connection | None) -> list[Check]:
 
 def examine_service(home: Path, link: Connection | None) -> list[Check]:
     """What belongs to the system service where one is installed for this home; no checks where none is."""
-    if not service.installed(home):
+    if not unit.installed(home):
         return []
     steps: list[tuple[str, Callable[[], str]]] = [
         ("settings", lambda: _settings(home)),
@@ -260,23 +260,23 @@ def _firewall(home: Path) -> str:
             "nftables is not installed, so the service can reach the kiosk's port; install the package nftables, then "
             f"run `sudo {service.again(home)}`."
         )
-    if str(firewall.RULES) not in service.installed(home) or not firewall.RULES.exists():
+    if str(firewall.RULES) not in unit.text() or not firewall.RULES.exists():
         raise _Fault(
             f"the service has no firewall rules and can reach the kiosk's port; run `sudo {service.again(home)}`."
         )
     if os.geteuid() == 0 and not firewall.loaded():
-        raise _Fault(f"the firewall rules are not in force; run `sudo systemctl restart {service.UNIT}`.")
+        raise _Fault(f"the firewall rules are not in force; run `sudo systemctl restart {unit.UNIT}`.")
     return "the service reaches the federation's server and no other port"
 
 
 def _group() -> str:
     """Whether this login may read what the service writes: a new membership counts from the next login on."""
     try:
-        group = grp.getgrnam(service.USER).gr_gid
+        group = grp.getgrnam(unit.USER).gr_gid
     except KeyError as error:
-        raise _Fault(f"the group {service.USER} is gone; set the service up again.") from error
+        raise _Fault(f"the group {unit.USER} is gone; set the service up again.") from error
     if os.geteuid() != 0 and group not in (os.getegid(), *os.getgroups()):
         raise _Fault(
-            f"this login is not in the group {service.USER} yet; log out and in again, then start the kiosk anew."
+            f"this login is not in the group {unit.USER} yet; log out and in again, then start the kiosk anew."
         )
-    return f"this user reads what the group {service.USER} may"
+    return f"this user reads what the group {unit.USER} may"

@@ -15,13 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import contact, firewall, limits
+from client import contact, firewall, limits, unit
 from client.node import Connection
+from client.unit import SETTINGS, STATE, UNIT, USER, WATCH
 
-USER = "afya-client"
-UNIT, SETTINGS, WATCH = "afya-client.service", "afya-client-settings.service", "afya-client-settings.path"
-STATE = Path("/var/lib/afya-client")
-UNITS = Path("/etc/systemd/system")
 HANDED = ("ca.crt", "node.key", "release.pub", "invitation.json")  # what the service gets of the federation's folder
 BOUND = ("training", "run", "adapters", "privacy")  # folders of the clinic's home that the service sees
 _TEMPLATES = Path(__file__).parent / "systemd"
@@ -41,12 +38,16 @@ class Plan:
 
 
 def plan(
-    home: Path, link: Connection, state: Path = STATE, folder: Path = UNITS, *, without_firewall: bool = False
+    home: Path, link: Connection, state: Path = STATE, folder: Path = unit.UNITS, *, without_firewall: bool = False
 ) -> Plan:
     """Units, for `folder`, and script for this clinic's home and connection. Raises ServiceError.
 
-    A machine without nftables is refused unless `without_firewall` accepts it.
+    A machine without nftables is refused unless `without_firewall` accepts it, and one that serves another clinic.
     """
+    if (other := unit.served()) and other != home.resolve():
+        raise ServiceError(
+            f"The service on this machine is that of {other}; run `sudo AFYA_HOME={other} afya-client leave` first."
+        )
     if not firewall.program() and not without_firewall:
         raise ServiceError(
             "nftables is not installed, and without it the service can reach the kiosk's port; install the package "
@@ -65,11 +66,11 @@ def fill(home: Path, link: Connection, state: Path = STATE) -> dict[str, str]:
 def _fill(home: Path, link: Connection, state: Path, addresses: list[str]) -> dict[str, str]:
     values = {**_values(home, link, state), "ADDRESSES": " ".join(addresses)}
     found = {}
-    for unit in (UNIT, SETTINGS, WATCH):
-        text = (_TEMPLATES / unit).read_text(encoding="utf-8").split("[Unit]", 1)[1]
-        for name, value in values.items():
-            text = text.replace(f"@{name}@", value)
-        found[unit] = f"# Written by afya-client join --service; run that again after a change.\n[Unit]{text}"
+    for name in (UNIT, SETTINGS, WATCH):
+        text = (_TEMPLATES / name).read_text(encoding="utf-8").split("[Unit]", 1)[1]
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", value)
+        found[name] = f"# Written by afya-client join --service; run that again after a change.\n[Unit]{text}"
     return found
 
 
@@ -179,6 +180,7 @@ def _script(home: Path, link: Connection, state: Path, folder: Path, units: dict
         "# Sets up Afya's client as a service of its own user. May be run again.",
         "set -eu",
         *one_ledger(home, state),
+        *stopped(),
         *_user(home, state),
         *modes(home, limits.base_model(home)),
         *_state(link, state),
@@ -209,6 +211,14 @@ def one_ledger(home: Path, state: Path) -> list[str]:
     return [f'if [ -n "$(ls -A {old} 2>/dev/null)" ]; then echo {shlex.quote(told)} >&2; exit 1; fi']
 
 
+def stopped() -> list[str]:
+    """Lines that stop the service: while it runs, it could lead what root does next through links of its own."""
+    return [
+        f"systemctl stop {WATCH} {UNIT} 2>/dev/null || true",
+        f"if systemctl is-active --quiet {UNIT}; then echo 'The service {UNIT} does not stop.' >&2; exit 1; fi",
+    ]
+
+
 def _user(home: Path, state: Path) -> list[str]:
     """Lines that make the service's user and let the clinic's into its group."""
     lines = [
@@ -226,7 +236,10 @@ def _state(link: Connection, state: Path) -> list[str]:
     q, federation = shlex.quote, shlex.quote(str(state / "federation"))
     places = " ".join(q(str(state / name)) for name in (*BOUND, "model"))
     lines = [
-        f"install -d -o {USER} -g {USER} -m 0700 {q(str(state))} {q(str(state / 'flower'))}",
+        f"install -d -o {USER} -g {USER} -m 0700 {q(str(state))}",
+        f"for place in {places} {federation}; do",  # the service may have laid something else there
+        '    if [ -L "$place" ] || [ ! -d "$place" ]; then rm -f "$place"; fi',
+        "done",
         f"install -d -o root -g {USER} -m 0750 {places}",
         f"install -d -o {USER} -g {USER} -m 0700 {federation}",
         f"rm -f {q(str(state / 'afya.toml'))}  # settings as they once were",
@@ -236,20 +249,11 @@ def _state(link: Connection, state: Path) -> list[str]:
     return lines
 
 
-def installed(home: Path) -> str:
-    """The text of the installed unit when it serves this home, else an empty string."""
-    try:
-        text = (UNITS / UNIT).read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    return text if f"={home.resolve()}/training:" in text else ""
-
-
 def outdated(home: Path, link: Connection) -> list[str]:
     """Names of the entries in which installed units differ from what would be installed now. Raises ServiceError."""
     names = set()
-    for unit, text in _fill(home, link, STATE, []).items():
-        path = UNITS / unit
+    for name, text in _fill(home, link, STATE, []).items():
+        path = unit.UNITS / name
         there = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
         names |= {line.partition("=")[0] for line in there ^ set(text.splitlines())}
     return sorted(names - {"IPAddressAllow"})
@@ -257,7 +261,7 @@ def outdated(home: Path, link: Connection) -> list[str]:
 
 def behind(home: Path) -> str:
     """A sentence when a service is installed for this home and works with other settings, else an empty string."""
-    if not installed(home):
+    if not unit.installed(home):
         return ""
     live, copy = home / "afya.toml", home / "run" / "afya.toml"
     if copy.is_file() and copy.read_bytes() == (live.read_bytes() if live.exists() else b""):

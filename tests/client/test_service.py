@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from client import as_root, firewall, node, service
+from client.unit import STATE, UNIT
 from model import phantoms
 from model.files import read_plain, write_atomic
 from server import certs
@@ -45,7 +46,7 @@ def units(afya_home: Path, tmp_path: Path, tiny: Path) -> dict[str, str]:
 
 @pytest.fixture
 def unit(units: dict[str, str]) -> str:
-    return units[service.UNIT]
+    return units[UNIT]
 
 
 def settings(text: str) -> dict[str, list[str]]:
@@ -62,7 +63,7 @@ def settings(text: str) -> dict[str, list[str]]:
 def test_the_unit_shows_the_client_its_own_and_hides_the_clinic(unit: str, afya_home: Path) -> None:
     assert not re.search(r"@[A-Z]+@", unit)
     found = settings(unit)
-    state = service.STATE
+    state = STATE
     assert found["BindReadOnlyPaths"][:2] == [f"{afya_home}/training:{state}/training", f"{afya_home}/run:{state}/run"]
     assert found["BindPaths"] == [f"{afya_home}/{name}:{state}/{name}" for name in ("adapters", "privacy")]
     assert f"-{afya_home}" in found["InaccessiblePaths"]
@@ -111,10 +112,13 @@ def test_the_script_is_one_that_a_shell_reads(afya_home: Path, tmp_path: Path, t
 INSTALL = """
 mount --make-rprivate / && mount -t tmpfs none /var/lib || exit 77
 cp -a /etc {own}/etc && mount --bind {own}/etc /etc || exit 77
-printf '#!/bin/sh\\necho "$@" >> {own}/systemctl.log\\n' > {own}/bin/systemctl && chmod 755 {own}/bin/systemctl
+printf '#!/bin/sh\\necho "$@" >> {own}/systemctl.log; test $1 != is-active\\n' > {own}/bin/systemctl
+chmod 755 {own}/bin/systemctl
 export PATH={own}/bin:$PATH
-sh {own}/script && sh {own}/script && cat /etc/systemd/system/afya-client.service > {own}/unit
-find {home} /var/lib/afya-client -printf '%p %u:%g %m\\n' | sort > {own}/modes
+sh {own}/script && cd /var/lib/afya-client && ln -s {own}/other flower
+rmdir run training && rm -r federation && ln -s {own}/other run && ln -s {own}/other federation && touch training
+sh {own}/script && cat /etc/systemd/system/afya-client.service > {own}/unit
+find {home} {own}/other /var/lib/afya-client -printf '%p %u:%g %m\\n' | sort > {own}/modes
 """
 
 
@@ -129,6 +133,7 @@ def test_the_script_sets_up_user_modes_and_unit_and_may_run_twice(afya_home: Pat
     made = service.plan(afya_home, link)
     (tmp_path / "script").write_text(made.script)
     (tmp_path / "bin").mkdir()
+    (tmp_path / "other").mkdir(mode=0o755)  # of somebody else, and what the service makes links to
     (afya_home / "privacy").mkdir(mode=0o700)
     (afya_home / "privacy/ledger.json").touch(mode=0o600)
     commands = INSTALL.format(own=tmp_path, home=afya_home)
@@ -137,21 +142,25 @@ def test_the_script_sets_up_user_modes_and_unit_and_may_run_twice(afya_home: Pat
         pytest.skip("this machine lets root make no mount namespace")
     assert done.returncode == 0, done.stderr
     modes = dict(line.split(" ", 1) for line in (tmp_path / "modes").read_text().splitlines())
-    own, state = str(afya_home), str(service.STATE)
+    own, state = str(afya_home), str(STATE)
     expected = {own: "root:root 700", f"{own}/training": "root:afya-client 2750"}
     expected |= {f"{own}/adapters": "root:afya-client 2770", f"{own}/run": "root:afya-client 2750"}
     expected |= {f"{own}/training/samples/0000.json": "root:afya-client 640"}
     expected |= {f"{state}/federation/node.key": "afya-client:afya-client 600", state: "afya-client:afya-client 700"}
     expected |= {f"{own}/privacy": "root:afya-client 2770", f"{own}/privacy/ledger.json": "root:afya-client 640"}
     expected |= {f"{state}/privacy": "root:afya-client 750", f"{own}/afya.toml": "root:root 644"}
+    expected |= {str(tmp_path / "other"): "root:root 755", f"{state}/run": "root:afya-client 750"}
     assert {path: modes.get(path) for path in expected} == expected
-    assert (tmp_path / "unit").read_text() == made.units[service.UNIT]
+    assert (tmp_path / "unit").read_text() == made.units[UNIT]
     told = (tmp_path / "systemctl.log").read_text().splitlines()
     both = (
+        "stop afya-client-settings.path afya-client.service",
+        "is-active --quiet afya-client.service",
+        "daemon-reload",
         "enable afya-client.service afya-client-settings.path",
         "restart afya-client-settings.path afya-client.service",
     )
-    assert told == ["daemon-reload", *both] * 2
+    assert told == [*both] * 2
 
 
 CONNECT = """

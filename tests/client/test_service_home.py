@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from client import as_root, doctor, firewall, invitation, ledger, limits, node, service
 from client.cli import main
+from client.unit import SETTINGS, UNIT, USER, WATCH
 from server import certs
 from tests.client.clinic import fill
 from tests.client.test_join import invite
@@ -49,14 +50,14 @@ def installed(link: node.Connection, afya_home: Path, tmp_path: Path, monkeypatc
     for name, text in service.fill(afya_home, link).items():
         (units / name).write_text(text)
     (afya_home / "run").mkdir()
-    monkeypatch.setattr(service, "UNITS", units)
+    monkeypatch.setattr("client.unit.UNITS", units)
     hand_over(afya_home, units)
     return units
 
 
 def hand_over(home: Path, units: Path) -> None:
     """What systemd does when the settings have changed: the one command of the unit, in the unit's folder."""
-    lines = dict(line.split("=", 1) for line in (units / service.SETTINGS).read_text().splitlines() if "=" in line)
+    lines = dict(line.split("=", 1) for line in (units / SETTINGS).read_text().splitlines() if "=" in line)
     assert lines["WorkingDirectory"] == str(home)
     command = lines["ExecStart"].removeprefix("/bin/sh -ec '").removesuffix("'").replace("sleep 1; ", "")
     subprocess.run(["/bin/sh", "-ec", command], cwd=home, check=True)
@@ -120,7 +121,7 @@ def test_a_service_that_was_set_up_for_something_else_is_a_fault(
     shutil.copytree(tiny, tmp_path / "other")
     fill(afya_home, [], tmp_path / "other")
     assert "(BindReadOnlyPaths)" in faults(afya_home, link)["service"]
-    (installed / service.WATCH).unlink()
+    (installed / WATCH).unlink()
     assert "PathChanged" in faults(afya_home, link)["service"]
     assert doctor.examine_service(tmp_path, link) == []  # another home of the same machine
 
@@ -128,14 +129,22 @@ def test_a_service_that_was_set_up_for_something_else_is_a_fault(
 def test_without_nftables_the_service_is_refused_unless_that_is_accepted(
     installed: Path, link: node.Connection, afya_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "After=nftables.service\nPartOf=nftables.service\n" in service.fill(afya_home, link)[service.UNIT]
+    assert "After=nftables.service\nPartOf=nftables.service\n" in service.fill(afya_home, link)[UNIT]
     monkeypatch.setattr(firewall, "program", lambda: "")
     assert "install the package nftables" in faults(afya_home, link)["firewall"]
     with pytest.raises(service.ServiceError, match=r"install the package nftables, or pass --without-firewall"):
         service.plan(afya_home, link)
     made = service.plan(afya_home, link, without_firewall=True)
-    assert "nft -f" not in made.script and "PartOf=" not in made.units[service.UNIT]
-    assert f"echo 'nftables is not installed: the user {service.USER} can reach every port" in made.script
+    assert "nft -f" not in made.script and "PartOf=" not in made.units[UNIT]
+    assert f"echo 'nftables is not installed: the user {USER} can reach every port" in made.script
+
+
+def test_a_machine_has_one_service_and_the_second_clinic_is_told_whose(
+    installed: Path, link: node.Connection, tmp_path: Path, tiny: Path
+) -> None:
+    other = fill(tmp_path / "other", [], tiny)
+    with pytest.raises(service.ServiceError, match=r"that of .*; run `sudo AFYA_HOME=.* afya-client leave` first"):
+        service.plan(other, link)
 
 
 def test_what_the_script_says_is_shown_when_it_succeeds_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +167,12 @@ def test_leaving_needs_a_service_of_this_home_and_is_confirmed(
     script = (afya_home / "afya-client-leave.sh").read_text()
     assert done.exit_code == 0 and f"sudo sh {afya_home / 'afya-client-leave.sh'}" in done.output
     assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
-    (installed / service.UNIT).write_text("another home's")
+    lines = script.splitlines()
+    assert lines[-1] == "systemctl daemon-reload" and str(installed / UNIT) in lines[-2]  # last: may be run again
+    (afya_home / "afya.toml").write_text("broken [")
+    shutil.rmtree(afya_home / "training")
+    assert CliRunner().invoke(main, ["leave", "--yes"]).exit_code == 0
+    (installed / UNIT).write_text("another home's")
     done = CliRunner().invoke(main, ["leave", "--yes"])
     assert done.exit_code == 1 and "No service is installed for" in done.output
 
@@ -236,8 +250,8 @@ def test_the_clinics_user_is_told_to_log_in_again(
     assert found is not None
     monkeypatch.setattr(firewall, "program", lambda: "/usr/sbin/nft")
     assert "daemon: log out and in again, then start the kiosk anew" in service.plan(clinic, found).script
-    monkeypatch.setattr(service, "installed", lambda home: "there")
-    monkeypatch.setattr(service, "USER", "nogroup")
+    monkeypatch.setattr("client.unit.installed", lambda home: True)
+    monkeypatch.setattr("client.unit.USER", "nogroup")
     monkeypatch.setattr(os, "geteuid", lambda: KIOSK_USER)
     monkeypatch.setattr(os, "getgroups", lambda: [KIOSK_USER])
     assert "log out and in again" in faults(clinic, found)["group"]

@@ -154,7 +154,7 @@ def test_under_systemd_the_settings_follow_the_rules_come_back_and_leaving_leave
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text.format(**values))
     (place / "script").write_text(service.plan(home, link).script)
-    monkeypatch.setattr(service, "installed", lambda *_: "the unit of this home")
+    monkeypatch.setattr("client.unit.installed", lambda *_: True)
     (place / "leave").write_text(leaving.script(home))
     inside = f"echo 0 > {group}/cgroup.procs && exec unshare -mpfnuiC --kill-child sh {place}/boot"
     child = subprocess.Popen(["sh", "-c", inside], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
