@@ -8,7 +8,7 @@ a restart. Not here: whether a signature is right and a key is registered; the S
 import binascii
 import json
 import time
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +26,15 @@ def read_revoked(state: Path) -> dict[str, dict[str, str]]:
         return json.loads((state / FILE).read_bytes())
     except FileNotFoundError:
         return {}
+
+
+def decoded(header: bytes) -> bytes | None:
+    """The key in a header; None where it is no base64, or not the one spelling of it that a key has here."""
+    try:
+        key = b64decode(header, validate=True)
+    except binascii.Error:
+        return None
+    return key if b64encode(key) == header else None
 
 
 class Guard:
@@ -47,9 +56,8 @@ class Guard:
             return None
         if len(keys[0]) > LONGEST_KEY or any(len(value) > LONGEST_TIME for value in times):
             return 400, "The key or the time is longer than any is."
-        try:
-            key = b64decode(keys[0], validate=True)
-        except binascii.Error:
+        key = decoded(keys[0])
+        if key is None:
             return 400, "The key is not readable."
         if key in self._revoked_keys():
             return 401, "This key was revoked."  # a running SuperNode stops by itself at 401

@@ -92,6 +92,8 @@ def faults(link: Link, listen: tuple[str, int]) -> list[str]:
             found.append(f"flwr is {version('flwr')}, this version of Afya needs {FLWR}; run pip install flwr=={FLWR}")
     except PackageNotFoundError:
         found.append("flwr is not installed; run pip install 'afya[server]'")
+    if told := quota.full(link.state):
+        found.append(told)
     for host, port in (("127.0.0.1", link.port), listen):
         if reason := _taken(host, port):
             found.append(f"{host}:{port} cannot be used ({reason}); stop what uses it or choose another port")
@@ -160,9 +162,8 @@ async def _serve(
     from server.guard import Guard
     from server.proxy import FleetProxy, server
 
-    proxy = FleetProxy(
-        f"https://{link.address}", link.certs / "ca.crt", Guard(link.state), quota.Quota(link.state, link.an_hour)
-    )
+    limit = quota.Quota(link.state, link.an_hour, say, lambda key: _clinic(link, key))
+    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt", Guard(link.state), limit)
     web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(web, "should_exit", True))
@@ -178,6 +179,13 @@ async def _serve(
         await asyncio.wait([running], timeout=0.5)
     await running
     say("Stopping.")
+
+
+def _clinic(link: Link, header: bytes) -> str:
+    """Name of the clinic that sends its key in this header."""
+    from server.guard import decoded
+
+    return registry.name_of(link.state, decoded(header) or b"") or "A clinic"
 
 
 def _wait_until_up(link: Link, child: "subprocess.Popen[bytes]") -> None:

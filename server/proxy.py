@@ -20,7 +20,7 @@ import httpx
 
 from server.again import REPEATED, Again, Answer
 from server.guard import KEY, Guard
-from server.quota import Quota
+from server.quota import ANNOUNCE, Quota
 
 CALLS = frozenset(
     f"/v1/fleet/{name}"
@@ -40,6 +40,8 @@ CALLS = frozenset(
     )
 )
 MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; arrays come in chunks of 128 KiB
+MAX_ANNOUNCED = 256 << 10  # bytes of an announced reply: 3,800 parts, 480 MB in such chunks, seconds of the database
+BUSY = (1.0, 2.0, 4.0)  # seconds between repeats while the SuperLink's database is locked, which it answers with 500
 BODY_SECONDS = 60.0  # longest wait for the next piece each way: a clinic's line may be slow, not silent
 CONNECTIONS = 64  # open connections at once: with MAX_BODY half a gigabyte at the very worst
 _HOP = frozenset(
@@ -53,7 +55,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class _TooLarge(Exception):
-    """The body is larger than `MAX_BODY`."""
+    """The body is larger than that call's may be."""
 
 
 class _Gone(Exception):
@@ -68,6 +70,7 @@ class FleetProxy:
 
     def __init__(self, upstream: str, ca: Path, guard: Guard | None = None, quota: Quota | None = None) -> None:
         self.upstream, self.guard, self.quota, self.again = upstream.rstrip("/"), guard, quota, Again()
+        self.announcing = asyncio.Lock()  # one announcement at a time: each is one long transaction
         context = ssl.create_default_context(cafile=str(ca))
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
         timeout = httpx.Timeout(300.0, connect=10.0)
@@ -101,11 +104,11 @@ class FleetProxy:
         if self.guard and (refused := self.guard.refusal(scope["headers"])):
             return await _answer(send, *refused)
         headers = [(key, value) for key, value in scope["headers"] if key.lower() not in _NOT_SENT]
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > MAX_BODY:
+        declared, most = dict(scope["headers"]).get(b"content-length", b"0"), _most(known)
+        if not declared.isdigit() or int(declared) > most:
             return await _answer(send, 413, "The body is too large.")
         try:
-            body = b"".join([piece async for piece in _pieces(receive)])
+            body = b"".join([piece async for piece in _pieces(receive, most)])
         except _TooLarge:
             return await _answer(send, 413, "The body is too large.")
         except _Gone:
@@ -116,19 +119,30 @@ class FleetProxy:
         """Send the call to the SuperLink and its answer back; 502 when the SuperLink is not there."""
         key = next((value for name, value in headers if name.lower() == KEY), b"")
         request = self.client.build_request("POST", self.upstream + path, headers=headers, content=body)
+        alone = self.announcing if path == ANNOUNCE else contextlib.nullcontext()
         try:
             if path not in REPEATED or not key:
                 return await self._stream(path, key, request, send)
-            async with self.again.lock(key):
+            async with self.again.lock(key), alone:
                 if self.quota and (refused := self.quota.refusal(path, key)):
                     return await _answer(send, *refused)
-                got = await self.client.send(request)
+                got = await self._patiently(request)
                 if self.quota and got.status_code == 200:
                     self.quota.spend(path, key, len(body))
                 answer = self.again.settle(path, key, body, (got.status_code, _kept(got), got.content))
         except httpx.HTTPError:
             return await _answer(send, 502, "The SuperLink does not answer.")
         await _whole(send, answer)
+
+    async def _patiently(self, request: httpx.Request) -> httpx.Response:
+        """The SuperLink's answer; asked again while it fails. Raises httpx.HTTPError."""
+        got = await self.client.send(request)
+        for seconds in BUSY:
+            if got.status_code != 500:
+                break
+            await asyncio.sleep(seconds)
+            got = await self.client.send(request)
+        return got
 
     async def _stream(self, path: str, key: bytes, request: httpx.Request, send: Send) -> None:
         """Pass an answer on piece by piece. Raises httpx.HTTPError while there is none."""
@@ -157,8 +171,13 @@ async def _whole(send: Send, answer: Answer) -> None:
     await send({"type": "http.response.body", "body": content})
 
 
-async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
-    """Pieces of a call's body, never more than `MAX_BODY` in all. Raises _TooLarge and _Gone."""
+def _most(call: str) -> int:
+    """Bytes that the body of a call may have."""
+    return min(MAX_ANNOUNCED, MAX_BODY) if call == ANNOUNCE else MAX_BODY
+
+
+async def _pieces(receive: Receive, most: int) -> AsyncIterator[bytes]:
+    """Pieces of a call's body, never more than `most` bytes in all. Raises _TooLarge and _Gone."""
     total = 0
     while True:
         try:
@@ -168,7 +187,7 @@ async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
         if message["type"] == "http.disconnect":
             raise _Gone
         total += len(message.get("body", b""))
-        if total > MAX_BODY:
+        if total > most:
             raise _TooLarge
         yield message.get("body", b"")
         if not message.get("more_body", False):

@@ -73,19 +73,16 @@ def mend() -> None:
 
 def bounded_pull(flowers: Callable[..., Any]) -> Callable[..., Any]:
     """Flower's `pull_objects` that gives up, as Flower does, at the end of the exchange or the bound of bytes."""
-    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
     def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> Any:
         bounds, taken = Pulls.bounds, 0
 
         def counted(object_id: str) -> bytes:
             nonlocal taken
-            try:
-                content = pull_object_fn(object_id)
-            except ObjectUnavailableError:
-                if not bounds.over:
-                    raise
-                raise ObjectPullError(object_id, "it was not sent in time") from None
+            if bounds.over:
+                raise ObjectPullError(object_id, "it was not sent in time")
+            content = pull_object_fn(object_id)
             taken += len(content)
             if taken > bounds.size:
                 raise ObjectPullError(object_id, f"the reply is larger than {bounds.size} bytes")

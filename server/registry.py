@@ -39,6 +39,18 @@ def known_to_superlink(state: Path, public_key: str) -> str:
     return str(int(row[0]) % 2**64) if row else ""  # stored as a signed number
 
 
+def name_of(state: Path, key: bytes) -> str:
+    """The clinic whose public key (PEM) this is; an empty string for a key of nobody."""
+    from cryptography.hazmat.primitives import serialization as s
+
+    try:
+        public = s.load_pem_public_key(key)
+    except ValueError:
+        return ""
+    line = public.public_bytes(s.Encoding.OpenSSH, s.PublicFormat.OpenSSH).split()[:2]
+    return next((name for name, known in registered(state).items() if known.encode().split()[:2] == line), "")
+
+
 def remember(state: Path, name: str, public_key: str, node: str) -> None:
     """Note that a clinic is registered, under which key and number."""
     _write(state / NODES, {**_read(state / NODES), public_key: node})

@@ -11,8 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from model import adapters, wire
@@ -21,13 +20,10 @@ from server import publish
 from server.aggregate import factors_of_round
 from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
-from server.pulling import Pulls, largest
+from server.exchange import POLL, Exchange
 from server.settings import Settings, SettingsRejected
 from server.spool import Spool
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap, rate_of_round
-
-POLL = 0.5  # seconds between two looks for replies
-GRACE = 600.0  # seconds a message outlives its deadline on the link, so that a late clinic finds it and is told
 
 
 class Federation:
@@ -42,11 +38,12 @@ class Federation:
         clock: Callable[[], float] = time.monotonic,
         exchange: Callable[..., Iterator[tuple[int, Any]]] | None = None,
     ) -> None:
-        self.grid, self.settings, self.sleep, self.clock = grid, settings, sleep, clock
+        self.settings, self.sleep, self.clock = settings, sleep, clock
         self.root = Path(settings.checkpoint_dir).expanduser()
         self.events = Events(self.root)
-        self.exchange = exchange or self._replies
-        self.office = publish.Office(self.root, settings, self.events, self._named, self._replies)
+        self.link = Exchange(grid, sleep, clock)
+        self.exchange = exchange or self.link.replies
+        self.office = publish.Office(self.root, settings, self.events, self.link.clinics, self.link.replies)
 
     def run(self) -> RoundCheckpoint:
         """All rounds that are still to do, then the release; returns the last checkpoint.
@@ -91,7 +88,7 @@ class Federation:
         """What the next round will ask of the clinics that are there now."""
         now = self._start()
         factor = factors_of_round(self.settings.aggregation, now.updates)
-        return self._ask(now.round + 1, factor, now, self._named())
+        return self._ask(now.round + 1, factor, now, self.link.clinics())
 
     def _start(self) -> RoundCheckpoint:
         """The last sound checkpoint, or round 0: the initial factors."""
@@ -149,7 +146,7 @@ class Federation:
     def _clinics(self, start: float) -> dict[int, str]:
         """Connected nodes and their registered names; waits for a quorum, at most until the round's deadline."""
         while True:
-            found = self._named()
+            found = self.link.clinics()
             late = self.clock() - start >= self.settings.round_deadline
             if len(found) >= self.settings.quorum or late:
                 return found
@@ -178,39 +175,6 @@ class Federation:
                 own = {"round": ask.round, "clinic": got.clinic, "examples": got.examples}
                 own |= {"norm": round(got.norm, 4), "bytes": got.bytes}
                 self.events.add("accepted", **{**got.metrics, **own})  # a metric's name is the clinic's choice
-
-    def _replies(
-        self, content: RecordDict, kind: str, clinics: Mapping[int, str], number: int, seconds: float
-    ) -> Iterator[tuple[int, Message | Exception]]:
-        """Send one message to each clinic; yield (node, reply) as they come, for at most `seconds`.
-
-        A reply that cannot be put together is yielded as the exception it caused, so that it ends nothing.
-        """
-        end = self.clock() + seconds
-        nodes = list(clinics)
-        ttl = max(1.0, seconds) + GRACE
-        messages = [Message(content, node, kind, ttl=ttl, group_id=str(number)) for node in nodes]
-        sent = zip(self.grid.push_messages(messages), nodes, strict=False)
-        waiting = {message_id: node for message_id, node in sent if message_id}
-        pulls = Pulls(self._pull, largest(content))
-        try:
-            while waiting:
-                for message_id, reply in pulls.sweep(list(waiting)):
-                    yield waiting.pop(message_id), reply
-                if not waiting or self.clock() >= end:
-                    return
-                self.sleep(POLL)
-        finally:
-            pulls.close()
-
-    def _pull(self, message_id: str) -> Message | Exception | None:
-        """The reply to one message, None while there is none, or the exception that its content caused."""
-        try:
-            return next(iter(self.grid.pull_messages([message_id])), None)
-        except httpx.HTTPError:
-            raise  # the link itself is gone: the run ends and is resumed from the last checkpoint
-        except Exception as error:  # whatever a clinic put into its reply: it becomes a rejection with this reason
-            return error
 
     def _conclude(self, gate: Gate, before: RoundCheckpoint, start: float) -> RoundCheckpoint:
         """The checkpoint after a round: with the mean of the accepted updates, or unchanged below the quorum."""
@@ -246,10 +210,6 @@ class Federation:
             base = replace(base, reason=reason)
         return replace(base, history=(*before.history, store.summary(base)))
 
-    def _named(self) -> dict[int, str]:
-        """Connected nodes and their registered names."""
-        return {int(node.node_id): _name(node) for node in self.grid.get_nodes()}
-
 
 def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
     """What a round asks of a clinic, beside the arrays: the same over the link and on a stick."""
@@ -267,11 +227,6 @@ def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
     }
     # Left out where it is 1: clinics of an earlier version, who take part by stick, do not know it.
     return config | ({} if settings.lr_ratio == 1 else {"lr-ratio": settings.lr_ratio})
-
-
-def _name(node: Any) -> str:
-    """Name under which a node was registered, or its number."""
-    return str(getattr(node, "name", "") or f"node {node.node_id}")
 
 
 def federate(grid: Grid, settings: Settings, **options: Any) -> RoundCheckpoint:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server import events, guard, registry
+from server import events, guard, quota, registry
 
 SILENT = "no reply before the deadline"
 RELEASES = ("release", "rollback", "not-released")
@@ -103,6 +103,7 @@ def read(state: Path, root: Path | None = None) -> Status:
         clinic.revoked = "" if clinic.registered else row["at"]
     for event in events.read(where)[0]:
         reader.take(event)
+    reader.trouble = quota.full(state) or reader.trouble
     return reader.status()
 
 

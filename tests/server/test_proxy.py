@@ -40,6 +40,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, bytes, dict[bytes, bytes]]] = []
+        self.fails = 0  # how many of the next calls fail
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body = b""
@@ -50,7 +51,8 @@ class Upstream:
                 break
         self.seen.append((scope["path"], body, dict(scope["headers"])))
         headers = [(b"content-type", b"application/protobuf"), (b"flwr-x", b"1")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.fails, status = max(0, self.fails - 1), 500 if self.fails else 200
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body[::-1]})
 
 
@@ -128,6 +130,31 @@ def test_a_body_above_the_cap_is_refused_declared_or_not(tmp_path: Path, monkeyp
                 assert (await client.post(url, content=large)).status_code == 413
         assert (await client.post(url, content=b"x" * 1000)).status_code == 200
         assert len(upstream.seen) == 1
+
+    through(tmp_path, talk)
+
+
+def test_an_announcement_of_very_many_parts_is_refused(tmp_path: Path) -> None:
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        url = f"{base}/v1/fleet/push-messages"
+        assert (await client.post(url, content=bytes(proxy.MAX_ANNOUNCED))).status_code == 200
+        with contextlib.suppress(httpx.TransportError):
+            assert (await client.post(url, content=bytes(proxy.MAX_ANNOUNCED + 1))).status_code == 413
+        assert len(upstream.seen) == 1
+
+    through(tmp_path, talk)
+
+
+def test_a_call_that_a_busy_superlink_fails_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "BUSY", (0.01, 0.01, 0.01))
+
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        upstream.fails = 3
+        url, headers = f"{base}/v1/fleet/push-object", {"flwr-public-key": "abc"}
+        assert (await client.post(url, content=b"ab", headers=headers)).content == b"ba"
+        upstream.fails = 9
+        assert (await client.post(url, content=b"ab", headers=headers)).status_code == 500
+        assert len(upstream.seen) == 8
 
     through(tmp_path, talk)
 
