@@ -90,12 +90,12 @@ class Local:
 
     def start_server(self) -> None:
         """Start the SuperLink with its proxy, for the first time or again, and wait until clinics can connect."""
-        self._spawn("server", ["server", "start", *self.places(), "--listen", self.server])
+        port = ("--link-port", str(self.ports[1]))
+        self._spawn("server", ["server", "start", *self.places(), *port, "--listen", self.server])
         self._wait_for_server()
 
     def places(self) -> list[str]:
-        places = ["--certs", str(self.out / "certs"), "--state", str(self.out / "state")]
-        return [*places, "--link-port", str(self.ports[1])]
+        return ["--certs", str(self.out / "certs"), "--state", str(self.out / "state")]
 
     def join(
         self, name: str, bundle: Path | None = None, server: str = "", env: Mapping[str, str] | None = None
@@ -252,7 +252,7 @@ def free_ports(count: int) -> list[int]:
 
 def sentence(event: Mapping[str, Any]) -> str:
     """An event of a run as a line for a person."""
-    from server.cli import sentence as line
+    from server.follow import sentence as line
 
     return line(dict(event))
 

@@ -3,6 +3,8 @@
 Everything of substance is in `server.rounds`; this file is the door that Flower knows.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flwr.app import Context
@@ -20,11 +22,24 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the rounds of this configuration; a fault ends the run with one plain sentence in the log."""
     pulling.mend()
+    Events.run = int(context.run_id)
     chosen = settings.read(context.run_config)
     root = Path(chosen.checkpoint_dir).expanduser()
-    with alone(root):  # a refusal here is not written into the events of the run that is at work
+    with _alone(root):
         try:
             rounds.federate(grid, chosen)
         except Exception as error:  # told where `afya-server rounds` looks; Flower marks the run as failed
             Events(root).add("failed", reason=plain(str(error) or repr(error)))
             raise
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold the folder of rounds; a refusal is told to whoever follows this run, under its own number."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(root))
+        except settings.SettingsRejected as error:
+            Events(root).add("refused", reason=plain(str(error)))
+            raise
+        yield

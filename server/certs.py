@@ -15,6 +15,7 @@ from typing import Any
 from model.files import write_atomic
 
 CA_DAYS, SERVER_DAYS = 3650, 825  # ten years for the authority; 825 days is the most that common TLS software accepts
+LOCAL = ("localhost", "127.0.0.1", "::1")
 CLOCK_SKEW = datetime.timedelta(hours=1)  # clinics' clocks are not all right: valid a little before now
 _CLINIC = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,40}[a-z0-9])?")
 
@@ -23,11 +24,12 @@ class CertsError(ValueError):
     """Keys or certificates cannot be made or used; the message says which file and what to do."""
 
 
-def make(out: Path, clinics: Sequence[str], hosts: Sequence[str] = ("localhost", "127.0.0.1", "::1")) -> list[Path]:
+def make(out: Path, clinics: Sequence[str], hosts: Sequence[str] = ()) -> list[Path]:
     """Write what is missing of ca.crt/key, server.pem/key and clinics/NAME/{node.key,node.pub,ca.crt} into `out`.
 
     What exists stays as it is, so clinics can be added later. `hosts` are the names and addresses under which clinics
-    reach the server. Returns the files written. Raises CertsError.
+    reach the server (default: this computer's own). Returns the files written. Raises CertsError, also where the
+    server's certificate is there and lacks one of them.
     """
     for name in clinics:
         if not _CLINIC.fullmatch(name):
@@ -35,12 +37,26 @@ def make(out: Path, clinics: Sequence[str], hosts: Sequence[str] = ("localhost",
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     written = [] if (out / "ca.crt").exists() else _authority(out)
     if not (out / "server.pem").exists():
-        written += _server(out, hosts)
+        written += _server(out, hosts or LOCAL)
+    elif lacking := [host for host in hosts if host not in server_names(out)]:
+        raise CertsError(
+            f"{out / 'server.pem'} is there already and does not name {lacking[0]}; remove it and run this again with "
+            "every --host (clinics keep their files)."
+        )
     for name in clinics:
         folder = out / "clinics" / name
         if not (folder / "node.key").exists():
             written += _node(folder, (out / "ca.crt").read_bytes())
     return written
+
+
+def server_names(out: Path) -> list[str]:
+    """Names and addresses in the server's certificate, in order."""
+    from cryptography import x509
+
+    certificate = x509.load_pem_x509_certificate((out / "server.pem").read_bytes())
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(entry.value) for entry in found]
 
 
 def check(out: Path) -> list[str]:

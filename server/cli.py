@@ -1,7 +1,6 @@
 """afya-server: the coordinator's commands. Heavy imports happen inside the commands, so --help answers at once."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ _STATE = click.option(
     show_default=True,
     help="Folder of this server.",
 )
-_PORT = click.option("--link-port", default=8000, show_default=True, help="Port of the SuperLink, on loopback only.")
 
 
 @click.group()
@@ -60,7 +58,7 @@ def certs(out: Path, clinics: tuple[str, ...], hosts: tuple[str, ...], as_json: 
     from server import certs as keys
     from server import signing
 
-    written = _guard(lambda: keys.make(out, clinics, hosts or ("localhost", "127.0.0.1", "::1")))
+    written = _guard(lambda: keys.make(out, clinics, hosts))
     written += _guard(lambda: signing.hand_out(out))
     if as_json:
         click.echo(json.dumps([str(path) for path in written]))
@@ -77,7 +75,13 @@ def certs(out: Path, clinics: tuple[str, ...], hosts: tuple[str, ...], as_json: 
 @click.option(
     "--listen", default="127.0.0.1:8443", show_default=True, metavar="HOST:PORT", help="Where clinics connect."
 )
-@_PORT
+@click.option(
+    "--link-port",
+    type=click.IntRange(1, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of the SuperLink, on loopback only; the other commands find it by themselves.",
+)
 @click.option(
     "--clinic-gib-an-hour",
     "gib",
@@ -91,7 +95,7 @@ def start(folder: Path, state: Path, listen: str, link_port: int, gib: float) ->
     from server.link import Link, serve
 
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise click.UsageError(f"--listen {listen!r} is not HOST:PORT.")
     link = Link(folder.resolve(), state.resolve(), link_port, int(gib * (1 << 30)))
     _guard(lambda: serve(link, (host.strip("[]"), int(port)), lambda text: click.echo(text)))
@@ -102,45 +106,43 @@ def start(folder: Path, state: Path, listen: str, link_port: int, gib: float) ->
 @click.argument("public_key", type=click.Path(exists=True, path_type=Path))
 @click.option("--certs", "folder", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
 @_STATE
-@_PORT
-def register(name: str, public_key: Path, folder: Path, state: Path, link_port: int) -> None:
+def register(name: str, public_key: Path, folder: Path, state: Path) -> None:
     """Let a clinic that made its own key take part: its name and its public key file."""
+    from server import admission
     from server import link as links
 
-    link = links.Link(folder.resolve(), state.resolve(), link_port)
-    _guard(lambda: links.register(link, name, public_key))
+    link = links.existing(folder, state)
+    _guard(lambda: admission.register(link, name, public_key))
     click.echo(f"Clinic {name} registered.")
 
 
 @main.command()
 @click.option("--certs", "folder", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
 @_STATE
-@_PORT
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the rounds.  [default: STATE/rounds]")
 @click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="A setting; --list shows them. Repeat it.")
 @click.option("--list", "show", is_flag=True, help="List the settings and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as a JSON line.")
-def rounds(
-    folder: Path, state: Path, link_port: int, out: Path | None, values: tuple[str, ...], show: bool, as_json: bool
-) -> None:
+def rounds(folder: Path, state: Path, out: Path | None, values: tuple[str, ...], show: bool, as_json: bool) -> None:
     """Submit a run to the started server and show its rounds; a stopped run goes on where it was.
 
-    It goes on with the settings it had, but for those that --set names.
+    It goes on with the settings it had, but for those that --set names. The run is the server's: Ctrl-C ends only the
+    showing, afya-server status tells how far it is, and stopping afya-server start stops it after a whole round.
     """
+    from server import follow, settings, signing
     from server import link as links
-    from server import settings, signing
 
     if show:
         for name, (default, meaning) in settings.names().items():
             click.echo(f"{name} = {default!r}\n    {meaning}")
         return
-    link = links.Link(folder.resolve(), state.resolve(), link_port)
+    link = links.existing(folder, state)
     root = (out or state / "rounds").resolve()
     given = dict(_value(text) for text in values)
     config = {**so_far(root, given), "checkpoint-dir": str(root), **given}
     _guard(lambda: settings.read({**{n: d for n, (d, _) in settings.names().items()}, **config}))
     config.setdefault("signing-key", str(_guard(lambda: signing.signing_key(folder.resolve()))))
-    _guard(lambda: _follow(link, root, config, as_json))
+    _guard(lambda: follow.follow(link, root, config, as_json))
 
 
 def so_far(root: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -161,62 +163,15 @@ def _value(text: str) -> tuple[str, Any]:
 
     name, sign, value = text.partition("=")
     known = settings.names()
-    if not sign or name not in known:
+    if name not in known:
         raise click.UsageError(f"--set {text!r}: there is no setting {name!r}; --list shows them.")
+    if not sign:
+        raise click.UsageError(f"--set {text!r}: the value is missing; write {name}=VALUE.")
     kind = type(known[name][0])
     try:
         return name, kind(value)
     except ValueError as error:
         raise click.UsageError(f"--set {text!r}: {value!r} is not of type {kind.__name__}.") from error
-
-
-def _follow(link: Any, root: Path, config: dict[str, Any], as_json: bool) -> None:
-    """Submit, then print events as they come until the run has ended. Raises LinkError when it failed."""
-    from server import events, runs
-    from server import link as links
-    from server.alone import alone
-
-    if root.is_dir():
-        with alone(root, say=lambda text: click.echo(text, err=True)):
-            pass  # whoever was at work here has ended
-    path = root / events.FILE
-    place = path.stat().st_size if path.exists() else 0
-    run_id = runs.submit(link, config)
-    asked, ended = time.monotonic(), ""
-    while True:
-        new, place = events.read(root, place)
-        for event in new:
-            click.echo(json.dumps(event) if as_json else sentence(event))
-            if event["event"] == "finished":
-                return
-            if event["event"] == "failed":
-                raise links.LinkError(f"The run has failed: {event['reason']}")
-        if ended and not new:
-            log = link.state / "superlink.log"
-            raise links.LinkError(f"The run ended before its rounds were done ({ended}); the end of {log} says why.")
-        if not new and time.monotonic() - asked > 10:
-            status = runs.run_status(link, run_id)  # takes seconds: events written meanwhile are read once more
-            asked, ended = time.monotonic(), status if status.startswith("finished") else ""
-        time.sleep(0.3)
-
-
-def sentence(event: dict[str, Any]) -> str:
-    """One event of a run as a line for a person."""
-    kind = event.get("event")
-    if kind == "round":
-        return f"Round {event['round']}: training factor {event['factor']} at {', '.join(event['clinics']) or 'nobody'}"
-    if kind == "accepted":
-        loss = f"loss {event.get('loss-before', 0):.3f} -> {event.get('loss-after', 0):.3f}"
-        return f"  {event['clinic']}: {event['examples']} samples, {loss}, {event.get('seconds', 0):.0f} s"
-    if kind in ("rejected", "set-aside", "not-installed", "not-examined"):
-        return f"  {event['clinic']}: {kind}, {event.get('reason') or event.get('detail')}"
-    if kind == "round-done":
-        size = (event["bytes_down"] + event["bytes_up"]) / 1e6
-        return f"  {event['reason']}; {event['seconds']:.0f} s, {size:.1f} MB"
-    if kind == "installed":
-        return f"  {event['clinic']}: installed {event['detail']}"
-    rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("at", "event"))
-    return f"{str(kind).capitalize()}: {rest}"
 
 
 def guard(call: Callable[[], Any]) -> Any:

@@ -13,6 +13,8 @@ FILE = "events.jsonl"
 class Events:
     """Appends to events.jsonl in `root`, flushed line by line, and prints the same for Flower's own log."""
 
+    run: int | None = None  # Flower's number of the run that this process works for
+
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / FILE
@@ -20,7 +22,7 @@ class Events:
     def add(self, event: str, /, **values: Any) -> None:
         """Append one event with its time (UTC); of `values` neither can replace the event's own name and time."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        own = {"at": now, "event": event}
+        own = {"at": now, "event": event, **({} if Events.run is None else {"run": Events.run})}
         line = json.dumps(own | values | own, allow_nan=False)
         with open(self.path, "a", encoding="utf-8") as out:
             out.write(line + "\n")

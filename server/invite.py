@@ -13,11 +13,11 @@ from typing import Any
 
 from model.files import write_atomic
 from model.passport import PUBLIC
+from server import admission, guard, signing
 from server import certs as keys
-from server import guard, signing
 from server import link as links
-from server.link import Link
-from server.members import is_up, pem
+from server.link import Link, is_up
+from server.members import pem
 
 FORMAT, VERSION = "afya-invitation", 1
 PLAN = ("targets", "rank", "alpha", "local-steps", "lr", "batch-size")  # what a round asks of a clinic
@@ -48,7 +48,7 @@ def invite(link: Link, clinic: str, out: Path, server: str | None = None, base: 
     write_atomic(out, (json.dumps(record, indent=1) + "\n").encode())
     if not is_up(link):
         return False
-    links.register_all(link)
+    admission.register_all(link)
     return True
 
 
@@ -90,7 +90,7 @@ def _base(folder: Path | None) -> dict[str, str]:
 
 def _address(certs: Path, server: str | None) -> str:
     """HOST:PORT for the clinic, which the server's certificate must name. Raises InviteError."""
-    names = server_names(certs)
+    names = keys.server_names(certs)
     outside = next((name for name in names if name not in ("localhost", "127.0.0.1", "::1")), names[0])
     address = server or (f"[{outside}]:8443" if ":" in outside else f"{outside}:8443")
     host, _, port = address.rpartition(":")
@@ -99,15 +99,7 @@ def _address(certs: Path, server: str | None) -> str:
     if host.strip("[]") not in names:
         what = ", ".join(names)
         raise InviteError(
-            f"The server's certificate is for {what} and not for {host}; name one of these with --server."
+            f"The server's certificate is for {what} and not for {host}; name one of these with --server, or remove "
+            f"{certs / 'server.pem'} and run `afya-server certs --host {host}` for another certificate."
         )
     return address
-
-
-def server_names(certs: Path) -> list[str]:
-    """Names and addresses in the server's certificate, in order."""
-    from cryptography import x509
-
-    certificate = x509.load_pem_x509_certificate((certs / "server.pem").read_bytes())
-    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [str(entry.value) for entry in found]

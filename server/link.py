@@ -6,6 +6,7 @@ install by itself is switched off here. Not here: runs (`server.runs`), and star
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -75,6 +77,23 @@ class Link:
         ]
 
 
+def existing(certs: Path, state: Path) -> Link:
+    """The server whose folders these are, at the port with which it was started last."""
+    try:
+        table = tomllib.loads((state / "flower" / "config.toml").read_text(encoding="utf-8"))
+        port = int(table["superlink"]["afya"]["address"].rpartition(":")[2])
+    except (OSError, ValueError, KeyError, TypeError):
+        port = Link.port
+    return Link(certs.resolve(), state.resolve(), port)
+
+
+def is_up(link: Link) -> bool:
+    """Whether something listens where this server's SuperLink would."""
+    with socket.socket() as probe:
+        probe.settimeout(2.0)
+        return probe.connect_ex(("127.0.0.1", link.port)) == 0
+
+
 def program(name: str) -> str:
     """Path of one of Flower's programs, beside this Python. Raises LinkError."""
     path = Path(sys.executable).parent / name
@@ -94,6 +113,8 @@ def faults(link: Link, listen: tuple[str, int]) -> list[str]:
         found.append("flwr is not installed; run pip install 'afya[server]'")
     if told := quota.full(link.state):
         found.append(told)
+    if listen[1] == link.port:
+        return [*found, f"--listen and --link-port are both {link.port}; choose two ports"]
     for host, port in (("127.0.0.1", link.port), listen):
         if reason := _taken(host, port):
             found.append(f"{host}:{port} cannot be used ({reason}); stop what uses it or choose another port")
@@ -117,6 +138,24 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
     if found := faults(link, listen):
         raise LinkError("; ".join(found) + ".")
     link.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _sole(link.state):
+        _run(link, listen, say)
+
+
+@contextlib.contextmanager
+def _sole(state: Path) -> Iterator[None]:
+    """Hold the server's folder for this process. Raises LinkError while another server works in it."""
+    with open(state / "server.lock", "ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LinkError(f"A server is at work in {state}; stop it first, or give --state another folder.") from None
+        yield
+
+
+def _run(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> None:
+    from server.admission import register_all, unregister_revoked
+
     configure(link)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     child = None
@@ -127,6 +166,7 @@ def serve(link: Link, listen: tuple[str, int], say: Callable[[str], None]) -> No
                 command, env=link.environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=bound
             )
         _wait_until_up(link, child)
+        unregister_revoked(link)
         for name in register_all(link):
             say(f"Clinic {name} registered.")
         asyncio.run(_serve(link, listen, child, say))
@@ -235,32 +275,6 @@ def flwr(link: Link, *arguments: str, seconds: float = 120.0) -> str:
         words = " ".join((done.stderr or done.stdout).split())[-400:]
         raise LinkError(f"flwr {arguments[0]} failed: {words}")
     return done.stdout
-
-
-def register(link: Link, name: str, public_key: Path) -> None:
-    """Let the clinic with this public key take part. Raises LinkError."""
-    key = public_key.read_text(encoding="utf-8").strip()
-    try:
-        answer = parsed(flwr(link, "supernode", "register", str(public_key), "--name", name, "--format", "json"))
-        if answer.get("success") is False:
-            raise LinkError(f"{name} was not registered: {answer.get('error-message', answer)}")
-        node = str(answer.get("node-id", ""))
-    except LinkError:  # after a power cut in between, the SuperLink knows a key that is not in our table
-        node = registry.known_to_superlink(link.state, key)
-        if not node:
-            raise
-    registry.remember(link.state, name, key, node)
-
-
-def register_all(link: Link) -> list[str]:
-    """Register every key under certs/clinics that is not registered yet; returns the names."""
-    known = set(registry.registered(link.state).values())
-    new = []
-    for public_key in sorted((link.certs / "clinics").glob("*/node.pub")):
-        if public_key.read_text(encoding="utf-8").strip() not in known:
-            register(link, public_key.parent.name, public_key)
-            new.append(public_key.parent.name)
-    return new
 
 
 def parsed(text: str) -> dict[str, Any]:

@@ -1,33 +1,25 @@
 """Shutting a clinic out: its key is refused at once by the proxy, forgotten by the SuperLink, and never comes back.
 
 The key's folder is kept under certs/revoked/ so that it can be seen what was handed out. A clinic may be invited again
-under the same name: it then gets another key. Not here: letting a clinic in (`server.invite`, `server.link.register`).
+under the same name: it then gets another key. Not here: letting a clinic in (`server.invite`, `server.admission`).
 """
 
 import datetime
 import json
 import os
 import re
-import socket
 from pathlib import Path
 
 from model.files import write_atomic
 from server import guard, registry
 from server import link as links
-from server.link import Link
+from server.link import Link, is_up
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,41}")
 
 
 class MemberError(links.LinkError):
     """A clinic cannot be shut out or let in; the message says why and what to do."""
-
-
-def is_up(link: Link) -> bool:
-    """Whether something listens where this server's SuperLink would."""
-    with socket.socket() as probe:
-        probe.settimeout(2.0)
-        return probe.connect_ex(("127.0.0.1", link.port)) == 0
 
 
 def key_of(link: Link, name: str) -> str:

@@ -13,15 +13,14 @@ def _run(call: Any) -> Any:
     return guard(call)
 
 
-def _link(certs: Path, state: Path, port: int) -> Any:
-    from server.link import Link
+def _link(certs: Path, state: Path) -> Any:
+    from server.link import existing
 
-    return Link(certs.resolve(), state.resolve(), port)
+    return existing(certs, state)
 
 
 _CERTS = click.option("--certs", type=click.Path(path_type=Path), default=Path("certs"), show_default=True)
 _STATE = click.option("--state", type=click.Path(path_type=Path), default=Path("federation"), show_default=True)
-_PORT = click.option("--link-port", "port", default=8000, show_default=True, help="Port of the SuperLink.")
 
 
 @click.command()
@@ -35,15 +34,14 @@ _PORT = click.option("--link-port", "port", default=8000, show_default=True, hel
 )
 @_CERTS
 @_STATE
-@_PORT
 def invite(
-    clinic: str, out: Path | None, server: str | None, base_model: Path | None, certs: Path, state: Path, port: int
+    clinic: str, out: Path | None, server: str | None, base_model: Path | None, certs: Path, state: Path
 ) -> None:
     """Write the one file with which CLINIC joins, and let its key take part."""
     from server import invite as invitations
 
     file = out or Path(f"{clinic}.afya")
-    told = _run(lambda: invitations.invite(_link(certs, state, port), clinic, file, server, base_model))
+    told = _run(lambda: invitations.invite(_link(certs, state), clinic, file, server, base_model))
     when = "is registered" if told else "will be registered when the server starts"
     click.echo(f"Wrote {file}; the key of {clinic} {when}.")
     click.echo(f"Hand it over in person: it holds the clinic's password. There: afya-client join {file.name}")
@@ -54,14 +52,13 @@ def invite(
 @click.option("--yes", is_flag=True, help="Do it without asking.")
 @_CERTS
 @_STATE
-@_PORT
-def revoke(clinic: str, yes: bool, certs: Path, state: Path, port: int) -> None:
+def revoke(clinic: str, yes: bool, certs: Path, state: Path) -> None:
     """Shut CLINIC out for good; it can be invited again, with another key."""
     from server import members
 
     if not yes:
         click.confirm(f"Refuse the key of {clinic} from now on?", abort=True)
-    told = _run(lambda: members.revoke(_link(certs, state, port), clinic))
+    told = _run(lambda: members.revoke(_link(certs, state), clinic))
     rest = "" if told else " The SuperLink was not told (it does not run, or never knew the key)."
     click.echo(f"The key of {clinic} is refused from now on.{rest}")
 

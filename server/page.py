@@ -33,6 +33,8 @@ def main() -> None:
         return
     if found.trouble:
         st.warning(plain(found.trouble))
+    if found.waiting:
+        st.info(plain(found.waiting))
     _numbers(found)
     _clinics(found.clinics)
     _rounds(found)

@@ -9,42 +9,22 @@ lost, so that a clinic can tell an old release that is played back from a new on
 
 import datetime
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from model import adapters, passport
-from model.adapters import AdapterRejected
-from model.files import sync_folder, write_atomic
+from model.files import write_atomic
 from server import candidate, gate_data, release, signing
 from server.candidate import Place, Thresholds
 from server.checkpoint import RoundCheckpoint
-from server.events import Events
-from server.settings import Settings, SettingsRejected
+from server.office import ISSUED, Office, current, history, issued_before, move, refused_before, settle
+from server.settings import SettingsRejected
 
-ISSUED = "issued.json"  # every release in order, in releases/
 RELEASE_SECONDS = 600.0  # longest wait for the clinics to install; one that is away gets the next release
-Replies = Callable[[Any, str, Mapping[int, str], int, float], Iterator[tuple[int, Any]]]
-
-
-@dataclass(frozen=True)
-class Office:
-    """What publishing needs of a run: its folder, settings, events, connected clinics, and a way to ask them."""
-
-    root: Path
-    settings: Settings
-    events: Events
-    clinics: Callable[[], dict[int, str]]
-    replies: Replies
-
-    @property
-    def releases(self) -> Path:
-        """Where the releases lie."""
-        return self.root / release.FOLDER
 
 
 def examined_candidate(office: Office, now: RoundCheckpoint) -> tuple[Path, dict[str, Any]]:
@@ -130,62 +110,15 @@ def conclude(office: Office, folder: Path, record: dict[str, Any]) -> Path | Non
     key = office.settings.signing_key
     passport.write(folder, passport.sign(record, signing.load(Path(key)) if key and not refused else None))
     target = office.root / ("refused" if refused else release.FOLDER) / folder.name
-    _move(folder, target)
+    move(folder, target)
     if refused:
         office.events.add("not-released", round=record["round"], reason=record["summary"], folder=str(target))
         return None
     shutil.rmtree(office.root / "refused" / folder.name, ignore_errors=True)  # examined anew, and no longer so
     names = ("serial", "round", "adapter_sha256", "issued_at", "kind", "verdict")
-    rows = [*issued, {name: record[name] for name in names}]
+    rows = [*issued, {**{name: record[name] for name in names}, "brought": False}]
     write_atomic(office.releases / ISSUED, (json.dumps(rows, indent=1) + "\n").encode())
     return target
-
-
-def _move(folder: Path, target: Path) -> None:
-    """Put a whole folder in the place of another one, which is gone only when the new one is there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    settle(target)
-    former = _former(target)
-    shutil.rmtree(former, ignore_errors=True)
-    if target.exists():
-        os.rename(target, former)
-    os.rename(folder, target)
-    sync_folder(target.parent)
-    shutil.rmtree(former, ignore_errors=True)
-
-
-def _former(target: Path) -> Path:
-    return target.with_name(f".{target.name}.former")
-
-
-def settle(target: Path) -> None:
-    """Put a folder back that a power cut left under its former name, between the two renames of `_move`."""
-    if not target.exists() and _former(target).is_dir():
-        os.rename(_former(target), target)
-
-
-def history(office: Office) -> list[dict[str, Any]]:
-    """Every release in order. Raises SettingsRejected when the list is damaged."""
-    path = office.releases / ISSUED
-    try:
-        return [dict(row) for row in json.loads(path.read_bytes())]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        raise SettingsRejected(f"{path} is damaged ({error}); put its copy back, or remove it.") from error
-
-
-def current(office: Office) -> Path | None:
-    """Folder of the last release as it was signed, None when there is none that is sound."""
-    for row in reversed(history(office)):
-        folder = office.releases / f"round-{row['round']:05d}"
-        settle(folder)
-        try:
-            if adapters.sha256(folder) == row["adapter_sha256"]:
-                return folder
-        except AdapterRejected:
-            continue
-    return None
 
 
 def bring(office: Office, folder: Path, record: Mapping[str, Any]) -> None:
@@ -207,23 +140,20 @@ def bring(office: Office, folder: Path, record: Mapping[str, Any]) -> None:
         office.events.add("installed" if done else "not-installed", clinic=clinics[node], detail=words)
     for name in sorted(waiting.values()):
         office.events.add("not-installed", clinic=name, detail="no reply before the deadline")
+    rows = history(office)
+    if clinics and rows:
+        rows[-1] = {**rows[-1], "brought": True}
+        write_atomic(office.releases / ISSUED, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def decided(office: Office, now: RoundCheckpoint) -> bool:
-    """Whether an adapter of this round was released or refused already."""
-    rows = [row for row in history(office) if row["round"] == now.round]
-    return bool(rows) or (office.root / "refused" / f"round-{now.round:05d}").is_dir()
-
-
-def refused_before(office: Office, folder: Path) -> str:
-    """Why this very adapter was refused when it was examined last; empty where it never was."""
-    try:
-        text = (office.root / "refused" / folder.name / passport.FILE).read_text(encoding="utf-8")
-        record = passport.read(text)[0]
-    except (OSError, ValueError):
-        return ""
-    same = record.get("adapter_sha256") == adapters.sha256(folder)
-    return str(record["summary"]) if same and record.get("places") else ""
+def _once(office: Office, now: RoundCheckpoint, row: Mapping[str, Any]) -> None:
+    """An adapter is not released twice, but brought again where a crash came before the clinics had it."""
+    folder = office.releases / f"round-{row['round']:05d}"
+    if row == history(office)[-1] and not row.get("brought", True) and office.clinics():
+        bring(office, folder, passport.read((folder / passport.FILE).read_text(encoding="utf-8"))[0])
+        return
+    reason = f"this adapter was released after round {row['round']} already, and no round has changed it since"
+    office.events.add("not-released", round=now.round, reason=reason)
 
 
 def release_now(office: Office, now: RoundCheckpoint) -> None:
@@ -231,7 +161,15 @@ def release_now(office: Office, now: RoundCheckpoint) -> None:
     if now.updates == 0:
         office.events.add("not-released", round=now.round, reason="no round has changed the factors yet")
         return
+    known = issued_before(office, now)
+    if known and (known["verdict"] == "passed" or office.settings.gate == "off"):
+        _once(office, now, known)
+        return
     folder, record = examined_candidate(office, now)
+    if known and record["verdict"] == "not examined":
+        shutil.rmtree(folder)
+        _once(office, now, known)
+        return
     if (
         record["verdict"] == "not examined"
         and office.settings.gate != "off"

@@ -28,7 +28,10 @@ def known_to_superlink(state: Path, public_key: str) -> str:
     """Number of the key in the SuperLink's own database (Flower 1.41); empty when it is not there, or shut out."""
     from cryptography.hazmat.primitives import serialization as s
 
-    key = s.load_ssh_public_key(public_key.encode())
+    try:
+        key = s.load_ssh_public_key(public_key.encode())
+    except ValueError:
+        return ""
     pem = key.public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
     question = "SELECT node_id FROM node WHERE public_key = ? AND unregistered_at IS NULL"
     try:

@@ -20,24 +20,21 @@ import click
     show_default=True,
     help="Folder of this server.",
 )
-@click.option("--link-port", default=8000, show_default=True, help="Port of the SuperLink, on loopback only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the rounds.  [default: STATE/rounds]")
 @click.option("--yes", is_flag=True, help="Do it without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print each event as a JSON line.")
-def rollback(
-    to: int | None, folder: Path, state: Path, link_port: int, out: Path | None, yes: bool, as_json: bool
-) -> None:
+def rollback(to: int | None, folder: Path, state: Path, out: Path | None, yes: bool, as_json: bool) -> None:
     """Bring an earlier release to the clinics again; the server must be started."""
-    from server import cli, runs, signing
+    from server import cli, follow, runs, signing
     from server import link as links
 
     if not yes:
         click.confirm(f"Release {f'round {to}' if to else 'the adapter before'} again?", abort=True)
     start = time.monotonic()
-    link = links.Link(folder.resolve(), state.resolve(), link_port)
+    link = links.existing(folder, state)
     root = (out or state / "rounds").resolve()
     config = {"checkpoint-dir": str(root), "rollback": to or -1}
     cli.guard(lambda: runs.require_started(link))
     cli.guard(lambda: config.update({"signing-key": str(signing.signing_key(folder.resolve()))}))
-    cli.guard(lambda: cli._follow(link, root, config, as_json))
+    cli.guard(lambda: follow.follow(link, root, config, as_json))
     click.echo(f"Done in {time.monotonic() - start:.1f} s.", err=as_json)

@@ -16,11 +16,12 @@ from flwr.serverapp import Grid
 
 from model import adapters, wire
 from server import checkpoint as store
-from server import publish
+from server import publish, strategy
 from server.aggregate import factors_of_round
 from server.checkpoint import Rejection, RoundCheckpoint
 from server.events import Events
 from server.exchange import POLL, Exchange
+from server.office import Office, decided
 from server.settings import Settings, SettingsRejected
 from server.spool import Spool
 from server.strategy import Ask, Gate, Update, aggregate, norm_cap, rate_of_round
@@ -43,7 +44,8 @@ class Federation:
         self.events = Events(self.root)
         self.link = Exchange(grid, sleep, clock)
         self.exchange = exchange or self.link.replies
-        self.office = publish.Office(self.root, settings, self.events, self.link.clinics, self.link.replies)
+        self.silence = strategy.NOT_GIVEN if exchange else strategy.SILENT
+        self.office = Office(self.root, settings, self.events, self.link.clinics, self.link.replies)
 
     def run(self) -> RoundCheckpoint:
         """All rounds that are still to do, then the release; returns the last checkpoint.
@@ -55,7 +57,7 @@ class Federation:
         now, last = self._start(), self.settings.num_server_rounds
         if now.round > last:
             raise SettingsRejected(f"num-server-rounds is {last}, but {now.round} rounds are done; set it to more.")
-        if self._due(now.round) and not publish.decided(self.office, now):  # a crash came between round and release
+        if self._due(now.round) and not decided(self.office, now):  # a crash came between round and release
             publish.release_now(self.office, now)
         for number in range(now.round + 1, last + 1):
             now = self._round(number, now)
@@ -134,7 +136,7 @@ class Federation:
         spool.clear()
         gate = Gate(ask, spool)
         self._collect(gate, start)
-        for late in gate.silent():
+        for late in gate.silent(self.silence):
             self.events.add("rejected", round=number, clinic=late.clinic, reason=late.reason)
         after = self._conclude(gate, before, start)
         store.save(self.root, after)
@@ -145,11 +147,15 @@ class Federation:
 
     def _clinics(self, start: float) -> dict[int, str]:
         """Connected nodes and their registered names; waits for a quorum, at most until the round's deadline."""
+        told: list[str] | None = None
         while True:
             found = self.link.clinics()
-            late = self.clock() - start >= self.settings.round_deadline
-            if len(found) >= self.settings.quorum or late:
+            names, left = sorted(found.values()), self.settings.round_deadline - (self.clock() - start)
+            if len(found) >= self.settings.quorum or left <= 0:
                 return found
+            if names != told:
+                self.events.add("waiting", clinics=names, needed=self.settings.quorum, seconds=round(left))
+                told = names
             self.sleep(POLL)
 
     def _ask(self, number: int, factor: str, before: RoundCheckpoint, clinics: Mapping[int, str]) -> Ask:

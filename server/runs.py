@@ -11,7 +11,7 @@ from typing import Any
 from model.files import write_atomic
 from server import checkpoint as store
 from server import settings
-from server.link import Link, LinkError, flwr, parsed
+from server.link import Link, LinkError, flwr, is_up, parsed
 
 APP_PACKAGES = ("server", "client")
 OF_ONE_RUN = ("checkpoint-dir", "signing-key", "rollback")  # settings that the next run does not take over
@@ -37,6 +37,8 @@ def require_started(link: Link) -> None:
     """Raise LinkError where no server was ever started: Flower would start one of its own, without TLS and clinics."""
     if not (link.state / "flower" / "config.toml").is_file():
         raise LinkError(f"No server was started with {link.state} yet; run `afya-server start` first.")
+    if not is_up(link):
+        raise LinkError(f"The server of {link.state} is not running; run `afya-server start` first.")
 
 
 def submit(link: Link, config: dict[str, Any]) -> int:

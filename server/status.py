@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from server import events, guard, quota, registry
+from server.follow import waiting
+from server.strategy import NOT_GIVEN, SILENT
 
-SILENT = "no reply before the deadline"
+AWAY = (SILENT, NOT_GIVEN)  # reasons that are no sign of life
 RELEASES = ("release", "rollback", "not-released")
 
 
@@ -85,6 +87,7 @@ class Status:
     releases: list[Release]
     running: int | None
     trouble: str
+    waiting: str = ""
 
     @property
     def empty(self) -> bool:
@@ -118,7 +121,7 @@ class _Reader:
         self.accepted: list[dict[str, Any]] = []
         self.refused = 0
         self.running: int | None = None
-        self.trouble = ""
+        self.trouble = self.waiting = ""
 
     def clinic(self, name: str) -> Clinic:
         return self.clinics.setdefault(str(name), Clinic(str(name)))
@@ -128,6 +131,7 @@ class _Reader:
         kind = str(event.get("event", ""))
         handlers = {
             "round": self._round,
+            "waiting": self._waiting,
             "accepted": self._accepted,
             "rejected": self._rejected,
             "set-aside": self._set_aside,
@@ -150,13 +154,18 @@ class _Reader:
     def status(self) -> Status:
         clinics = sorted(self.clinics.values(), key=lambda clinic: clinic.name)
         rounds = [self.rounds[number] for number in sorted(self.rounds)]
-        return Status(str(self.root), clinics, rounds, self.refusals, self.releases, self.running, self.trouble)
+        now = (self.running, self.trouble, self.waiting)
+        return Status(str(self.root), clinics, rounds, self.refusals, self.releases, *now)
 
     def _seen(self, names: Iterable[str], event: dict[str, Any]) -> None:
         for name in names:
             self.clinic(name).last_seen = str(event.get("at", ""))
 
+    def _waiting(self, event: dict[str, Any]) -> None:
+        self.waiting = waiting({**event, "clinics": list(event["clinics"])})
+
     def _round(self, event: dict[str, Any]) -> None:
+        self.waiting = ""
         self.running, self.accepted, self.refused = int(event["round"]), [], 0
         self._seen(event["clinics"], event)
 
@@ -174,7 +183,7 @@ class _Reader:
         self.clinic(event["clinic"]).rejected += 1
         self.refused += 1
         self._refusal(event, str(event.get("reason", "")))
-        if event.get("reason") != SILENT:
+        if event.get("reason") not in AWAY:
             self._seen([event["clinic"]], event)
 
     def _set_aside(self, event: dict[str, Any]) -> None:
@@ -206,7 +215,7 @@ class _Reader:
         self.running, self.accepted, self.refused = None, [], 0
 
     def _resumed(self, event: dict[str, Any]) -> None:
-        self.running, self.trouble = None, ""
+        self.running, self.trouble, self.waiting = None, "", ""
 
     def _released(self, event: dict[str, Any]) -> None:
         words = str(event.get("summary") or event.get("reason") or "")
@@ -228,7 +237,7 @@ class _Reader:
             self.clinic(name).installed = detail
         else:
             self._refusal(event, f"did not install: {detail}")
-        if detail != SILENT:
+        if detail not in AWAY:
             self._seen([name], event)
 
     def _examined(self, event: dict[str, Any]) -> None:
@@ -238,7 +247,7 @@ class _Reader:
         self._seen([event["clinic"]], event)
 
     def _failed(self, event: dict[str, Any]) -> None:
-        self.running = None
+        self.running, self.waiting = None, ""
         self.trouble = f"The last run has failed: {event.get('reason', 'it says no reason')}"
 
     def _finished(self, event: dict[str, Any]) -> None:

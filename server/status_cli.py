@@ -107,6 +107,7 @@ def text(found: "Status") -> str:
     lines = [f"Rounds      {len(done)} changed the adapter, {len(found.rounds) - len(done)} did not;"]
     lines[0] += f" {spent:.0f} s, {moved:.1f} MB" + (f"; round {found.running} is running" if found.running else "")
     lines += [f"  {row.number}: {row.reason}; {row.seconds:.0f} s" for row in found.rounds[-5:]]
+    lines += [found.waiting] if found.waiting else []
     lines += ["Clinics", *(f"  {clinic_line(clinic)}" for clinic in found.clinics)]
     if found.refusals:
         lines.append(f"Rejections  {len(found.refusals)}, the last ones:")

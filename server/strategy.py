@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flwr.common.constant import ErrorCode
 
 from model import wire
 from model.adapters import AdapterRejected, AdapterSpec, State
@@ -59,6 +60,10 @@ class Update:
     metrics: dict[str, float]
 
 
+SILENT = "no reply before the deadline"
+NOT_GIVEN = "its reply was not among the files"  # by stick
+
+
 class Gate:
     """Takes the replies of one round one by one, in any order; with a spool they wait on the disk."""
 
@@ -96,17 +101,15 @@ class Gate:
         self.rejected.append(rejection)
         return rejection
 
-    def silent(self) -> list[Rejection]:
-        """Record every asked clinic that has not answered by the deadline; returns those rejections."""
-        late = [
-            Rejection(name, "no reply before the deadline")
-            for node, name in sorted(self.ask.clinics.items())
-            if node not in self._seen
-        ]
+    def silent(self, reason: str = SILENT) -> list[Rejection]:
+        """Record every asked clinic that has not answered, for this reason; returns those rejections."""
+        late = [Rejection(name, reason) for node, name in sorted(self.ask.clinics.items()) if node not in self._seen]
         self.rejected += late
         return late
 
     def _open(self, node: int, clinic: str, message: Any) -> Update:
+        if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
+            raise AdapterRejected("the clinic's client was stopped, or its line was down for too long")
         if message.has_error():
             raise AdapterRejected(f"the clinic's training failed: {message.error.reason or message.error.code}")
         content = message.content

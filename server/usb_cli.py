@@ -37,12 +37,18 @@ def _guard(call: Callable[[], Any]) -> Any:
 def export_round(file: Path, folder: Path, state: Path, out: Path | None, values: tuple[str, ...]) -> None:
     """Write the next round to FILE, signed, for clinics to take by stick; the same file for all of them."""
     from server import cli, settings, usb
+    from server.alone import alone
     from server.link import Link
 
     root, given = (out or state / "rounds").resolve(), dict(cli._value(text) for text in values)
     config = {**cli.so_far(root, given), **given, "checkpoint-dir": str(root)}
     chosen = _guard(lambda: settings.read(config))
-    number = _guard(lambda: usb.issue(Link(folder.resolve(), state.resolve()), chosen, file))
+
+    def write() -> int:
+        with alone(root, wait=0):
+            return usb.issue(Link(folder.resolve(), state.resolve()), chosen, file)
+
+    number = _guard(write)
     click.echo(f"Round {number} is in {file}; the clinics' replies go to `afya-server import-round FILE...`.")
 
 

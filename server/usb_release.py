@@ -14,6 +14,7 @@ from server import checkpoint as store
 from server import publish, release, signing
 from server.events import Events
 from server.link import Link
+from server.office import Office, current, history
 from server.settings import Settings
 
 
@@ -29,10 +30,10 @@ def send(link: Link, root: Path, path: Path) -> Path:
     known = {entry.name for entry in fields(Settings)}
     settings = Settings(**{name: value for name, value in now.config.items() if name in known})
     settings = replace(settings, checkpoint_dir=str(root), signing_key=str(file))
-    office = publish.Office(root, settings, Events(root), lambda: {}, lambda *_: iter(()))
-    if not any(row["round"] == now.round for row in publish.history(office)):
+    office = Office(root, settings, Events(root), lambda: {}, lambda *_: iter(()))
+    if not any(row["round"] == now.round for row in history(office)):
         publish.release_now(office, now)
-    folder = publish.current(office)
+    folder = current(office)
     if folder is None:
         raise BundleRejected("Nothing was released yet; `afya-server status` says why.")
     content = release.content(folder)

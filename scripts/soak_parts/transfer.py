@@ -19,7 +19,7 @@ import click
 from client import node
 from scripts.federation import Local, family, free_ports
 from scripts.soak_parts.line import END, RESET, Line
-from server import certs, link, runs
+from server import admission, certs, link, runs
 
 APP = """[project]
 name = "vector"
@@ -123,7 +123,7 @@ def office(
         target = ("127.0.0.1", local.ports[0])
         with Line(target, kbit, cut_after=cut_after, cut_every=cut_every, how=how) as line:
             here = Office(local, line)
-            link.register_all(here.link)
+            admission.register_all(here.link)
             here.join()
             try:
                 yield here

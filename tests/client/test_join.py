@@ -112,7 +112,6 @@ def test_invite_overwrites_nothing_and_names_a_server_that_the_certificate_names
     file = invite(tmp_path, "lakeside", tiny)
     before = file.read_bytes()
     places = ["--certs", str(tmp_path / "certs"), "--state", str(tmp_path / "state"), "--base-model", str(tiny)]
-    places += ["--link-port", str(free_ports(1)[0])]
     done = CliRunner().invoke(server_main, ["invite", "lakeside", "--out", str(file), *places])
     assert done.exit_code == 1 and "was left as it is" in done.output and file.read_bytes() == before
     done = CliRunner().invoke(

@@ -25,7 +25,7 @@ from flwr.proto.node_pb2 import Node
 from client import doctor, invitation, node
 from client.cli import main as client_main
 from scripts.federation import Local, family, free_ports, program
-from server import certs, guard, link, members, registry
+from server import admission, certs, guard, link, members, registry
 from server.cli import main
 
 CLINICS = ("north", "south", "east", "west")
@@ -72,7 +72,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Local({}, out, out / "no-model") as local:
         certs.make(local.out / "certs", CLINICS)
         side = link.Link(local.out / "certs", local.out / "state", local.ports[1])
-        assert link.register_all(side) == sorted(CLINICS)
+        assert admission.register_all(side) == sorted(CLINICS)
         server = Server(local)
         yield server
         server.web.close()
@@ -215,7 +215,7 @@ def test_a_revoked_clinic_that_takes_part_is_thrown_out(running: Server, tmp_pat
         assert members.revoke(side, "west")
         assert (running.certs / "revoked").is_dir()
         assert child.wait(60) is not None
-        assert link.register_all(side) == []
+        assert admission.register_all(side) == []
     finally:
         for process in family(child.pid):
             process.kill()
@@ -227,7 +227,7 @@ def test_a_key_that_only_the_superlink_knows_after_a_power_cut_is_taken_up_again
     known, number = registry.registered(running.state)["south"], running.node("south")
     registry.forget(running.state, "south")
     (running.state / registry.NODES).unlink()
-    assert link.register_all(side) == ["south"]
+    assert admission.register_all(side) == ["south"]
     assert registry.registered(running.state)["south"] == known and running.node("south") == number
 
 

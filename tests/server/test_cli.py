@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from server import certs, link
 from server import checkpoint as store
-from server.cli import main, sentence
+from server.cli import main
+from server.follow import sentence
 from tests.server.fakes import first, settings
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server import cli, link, runs
+from server import follow as following
+from server import link, runs
 from server.events import Events
 
 
@@ -14,7 +15,7 @@ from server.events import Events
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time that runs fast, so that the state is asked for at once."""
     moments = iter(range(0, 100_000, 20))
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(moments), sleep=lambda seconds: None))
+    monkeypatch.setattr(following, "time", SimpleNamespace(monotonic=lambda: next(moments), sleep=lambda seconds: None))
     monkeypatch.setattr(runs, "submit", lambda *_: 7)
 
 
@@ -24,7 +25,7 @@ def follow(root: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Any) -> None:
         return "finished:completed"
 
     monkeypatch.setattr(runs, "run_status", status)
-    cli._follow(SimpleNamespace(state=root), root, {}, True)
+    following.follow(SimpleNamespace(state=root), root, {}, True)
 
 
 @pytest.mark.usefixtures("quick")
