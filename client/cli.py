@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from client.rounds_cli import budget, export_round, import_release, import_round
+from model.commands import Commands
 
 _SERVER = click.option("--server", metavar="HOST:PORT", help="The federation's server.  [default: afya.toml]")
 _BUNDLE = click.option(
@@ -23,7 +24,7 @@ _PORT = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group()
+@click.group(cls=Commands)
 @click.version_option(package_name="afya")
 def main() -> None:
     """Take part in a federation with this clinic's consented samples; images never leave."""
@@ -34,6 +35,7 @@ def _guard(call: Callable[[], Any]) -> Any:
     from client.as_root import ScriptFailed
     from client.invitation import InvitationRejected
     from client.limits import SettingsWrong
+    from client.node import AlreadyJoined
     from client.service import ServiceError
     from model.adapters import AdapterRejected
     from model.data import DataError
@@ -42,7 +44,7 @@ def _guard(call: Callable[[], Any]) -> Any:
 
     try:
         return call()
-    except (InvitationRejected, ScriptFailed, ServiceError) as error:
+    except (AlreadyJoined, InvitationRejected, ScriptFailed, ServiceError) as error:
         raise click.ClickException(str(error)) from error
     except (AdapterRejected, DataError, ModelError, PresetMissing, SettingsWrong) as error:
         raise click.ClickException(str(error)) from error
@@ -80,6 +82,7 @@ def doctor(server: str | None, bundle: Path | None, as_json: bool) -> None:
 @click.option(
     "--without-firewall", is_flag=True, help="Install the service even where nftables cannot keep it off other ports."
 )
+@click.option("--offline", is_flag=True, help="Only unpack FILE: this clinic takes part by stick.")
 @click.option("--replace", is_flag=True, help="Use FILE even if this clinic has joined another federation before.")
 def join(
     file: Path | None,
@@ -88,6 +91,7 @@ def join(
     port: int | None,
     service: bool,
     without_firewall: bool,
+    offline: bool,
     replace: bool,
 ) -> None:
     """Take part: unpack the coordinator's FILE (the first time), check everything, then start.
@@ -101,6 +105,10 @@ def join(
     if file is not None:
         folder = _guard(lambda: invitation.unpack(home, invitation.read(file), replace))
         click.echo(f"The invitation is in {folder}; {file} is no longer needed: delete it.")
+    if offline:
+        _guard(lambda: passport.adopt(home, home / "federation"))
+        click.echo("By stick: afya-client import-round FILE trains, export-round FILE writes the answer.")
+        return
     link = _guard(lambda: node.connection(home, server, bundle, port))
     faults = [f"{c.name}: {c.detail}" for c in _guard(lambda: doctor.examine(home, link)) if not c.ok]
     if faults or link is None:
@@ -112,7 +120,7 @@ def join(
         _guard(lambda: _serve(home, link, without_firewall))
         return
     click.echo(f"Taking part at {link.server}; interrupt to leave.")
-    node.join(home, link)
+    _guard(lambda: node.join(home, link))
 
 
 def _serve(home: Path, link: Any, without_firewall: bool) -> None:
@@ -200,6 +208,23 @@ def rollback(yes: bool) -> None:
         click.confirm(f"Go back to {to or 'the bare base model'}?", abort=True)
     name = _guard(lambda: installed.rollback(home, to))
     click.echo(f"In use now: {name or 'the bare base model'}.")
+
+
+@main.command()
+def limits() -> None:
+    """Explain every limit that this clinic can set, as lines for afya.toml with the values of now."""
+    from dataclasses import fields
+
+    from client import limits
+    from model import files
+
+    home = files.home()
+    now = _guard(lambda: limits.read_limits(home))
+    click.echo(
+        f"# What a federation may ask of this clinic; what is to differ goes into {home / 'afya.toml'}.\n[client]"
+    )
+    for entry in fields(now):
+        click.echo(f"# {entry.metadata['help']}\n{entry.name} = {json.dumps(getattr(now, entry.name))}")
 
 
 main.add_command(budget)

@@ -128,6 +128,9 @@ def _limits(home: Path) -> str:
         "lr": (own.min_lr, own.max_lr),
         "batch-size": (1, own.max_batch),
     }
+    seen = plan.get("local-steps", own.max_steps) * plan.get("batch-size", own.max_batch)
+    if type(seen) is int and seen < own.min_cases:
+        raise _Fault(f"the federation plans {seen} samples a round, and nothing leaves here below {own.min_cases}.")
     numbers = {name: plan[name] for name in ranges if type(plan.get(name)) in (int, float)}
     outside = [
         f"{name} {value} (here {ranges[name][0]} to {ranges[name][1]})"
@@ -167,8 +170,11 @@ def _base(home: Path) -> str:
 def _samples(home: Path) -> str:
     from model.data import read_training
 
-    count, least = len(read_training(home / "training")), limits.read_limits(home).min_examples
-    return f"{count} consented samples" + ("" if count >= least else f"; rounds are sat out below {least}")
+    samples, own = read_training(home / "training"), limits.read_limits(home)
+    patients = len({sample.group for sample in samples})
+    found = f"{len(samples)} consented samples of {patients} patients"
+    enough = len(samples) >= own.min_examples and patients >= own.min_cases
+    return found if enough else f"{found}; rounds are sat out below {own.min_examples} and {own.min_cases}"
 
 
 def _adapter(home: Path) -> str:

@@ -4,7 +4,9 @@ The SuperNode gets no way to ask for less safety: TLS with the federation's own 
 installation, nothing sent home. Not here: the checks before it (`client.doctor`), the system user (`client.service`).
 """
 
+import fcntl
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +66,34 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **SILENT, **SMALL, **offline, **own}
 
 
+class AlreadyJoined(RuntimeError):
+    """This clinic takes part from this computer already, or something else uses the port."""
+
+
 def join(home: Path, link: Connection) -> Any:
-    """Replace this process by the SuperNode; does not return."""
+    """Replace this process by the SuperNode; does not return. Raises AlreadyJoined."""
     (home / "flower").mkdir(mode=0o700, parents=True, exist_ok=True)
+    _hold(home / "flower" / "joined.lock", home)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", link.port))
+        except OSError as error:
+            raise AlreadyJoined(
+                f"Port {link.port} of this computer is in use ({error.strerror}), perhaps by another clinic's client; "
+                "choose another with --port."
+            ) from error
     line, env = command(link), environment(home)
     sys.stdout.flush()
     os.execve(line[0], line, env)
+
+
+def _hold(path: Path, home: Path) -> None:
+    """Lock a file for as long as this process, and the SuperNode that takes its place, live. Raises AlreadyJoined."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    os.set_inheritable(descriptor, True)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AlreadyJoined(f"The clinic of {home} takes part already from this computer.") from None

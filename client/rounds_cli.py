@@ -47,8 +47,8 @@ def export_round(file: Path) -> None:
     from client import rounds_file
     from model import files
 
-    _guard(lambda: rounds_file.give(files.home(), file))
-    click.echo(f"The answer is in {file}.")
+    number = _guard(lambda: rounds_file.give(files.home(), file))
+    click.echo(f"The answer to round {number} is in {file}.")
 
 
 @click.command("import-release")

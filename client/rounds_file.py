@@ -1,8 +1,9 @@
 """A round on a stick, the clinic's side: take the coordinator's file, train within the same limits, sign the reply.
 
 The file must be signed with the coordinator's key that this clinic knows (federation/release.pub) and be newer than the
-last one answered; the reply is signed with the clinic's own node key and names the file it answers. Not here: the
-server's side (`server.usb`), and what is trained (`client.local_round`).
+last one answered of its series (a folder of rounds), or that round written again with other settings. The reply is
+signed with the clinic's own node key and names the file it answers. Not here: the server's side (`server.usb`), and
+what is trained (`client.local_round`).
 """
 
 import datetime
@@ -16,6 +17,7 @@ from model.adapters import AdapterRejected
 from model.bundle import Bundle, BundleRejected
 from model.files import write_atomic
 
+UNPACK = "afya-client join FILE --offline"  # with the coordinator's file
 FOLDER, REPLY, ANSWERED = "rounds", "reply.afya", "answered.json"
 
 
@@ -25,10 +27,11 @@ def take(home: Path, path: Path, now: datetime.datetime | None = None) -> dict[s
     Raises limits.Refused, BundleRejected, AdapterRejected (release.pub is damaged); then nothing has changed.
     """
     key, (found, who) = _node_key(home), _open(home, path, "round")
-    config = found.record["config"]
-    number = config.get("server-round")
-    last = _answered(home).get(who, 0)
-    if type(number) is not int or number <= last:
+    config, series = found.record["config"], str(found.record.get("series", ""))[:64]
+    number, known = config.get("server-round"), f"{who}/{series}" if series else who
+    last, digest = _answered(home).get(known, (0, ""))
+    written_again = number == last and digest not in ("", found.digest)
+    if type(number) is not int or (number <= last and not written_again):
         raise BundleRejected(
             f"{path} holds round {str(number)[:20]}, and this clinic has answered round {last} already; "
             "`afya-client export-round FILE` writes that answer again."
@@ -38,17 +41,18 @@ def take(home: Path, path: Path, now: datetime.datetime | None = None) -> dict[s
     folder.mkdir(mode=0o700, exist_ok=True)
     record = {"answers": found.digest, "key": _public(key), "metrics": reply.metrics, "round": number}
     bundle.write(folder / REPLY, "reply", record, reply.arrays, lambda data: _sign(key, data))
-    write_atomic(folder / ANSWERED, (json.dumps({**_answered(home), who: number}) + "\n").encode())
+    write_atomic(folder / ANSWERED, (json.dumps({**_answered(home), known: (number, found.digest)}) + "\n").encode())
     return reply.metrics
 
 
-def give(home: Path, path: Path) -> None:
-    """Write the last reply to `path`. Raises BundleRejected when there is none."""
+def give(home: Path, path: Path) -> str:
+    """Write the last reply to `path`; returns which round it answers. Raises BundleRejected when there is none."""
     try:
         data = (home / FOLDER / REPLY).read_bytes()
     except FileNotFoundError as error:
         raise BundleRejected("There is no answer yet; run `afya-client import-round FILE` first.") from error
     bundle.copy(path, data)
+    return bundle.told(data, "round")
 
 
 def install(home: Path, path: Path) -> str:
@@ -67,7 +71,7 @@ def _open(home: Path, path: Path, kind: str) -> tuple[Bundle, str]:
     public = passport.trusted(home)
     if public is None:
         where = home / "federation" / passport.PUBLIC
-        raise BundleRejected(f"{where} is missing, so nobody can say whose file this is; get it from the coordinator.")
+        raise BundleRejected(f"{where} is missing, so nobody can say whose file this is; run `{UNPACK}`.")
     found = bundle.read(path, kind, lambda record, signature, signed: _verify(path, public, signature, signed))
     if not isinstance(found.record.get("config"), dict):
         raise BundleRejected(f"{path} asks for nothing; ask the coordinator for another.")
@@ -85,11 +89,16 @@ def _verify(path: Path, public: Any, signature: bytes, signed: bytes) -> None:
         ) from error
 
 
-def _answered(home: Path) -> dict[str, int]:
-    """The last round answered, by the coordinator's key. Raises BundleRejected for a damaged note."""
+def _answered(home: Path) -> dict[str, tuple[int, str]]:
+    """By the coordinator's key and series of rounds: the last round answered, and the digest of the file that asked.
+
+    Raises BundleRejected for a damaged note.
+    """
     path = home / FOLDER / ANSWERED
     try:
-        return {str(name): int(number) for name, number in json.loads(path.read_bytes()).items()}
+        table = json.loads(path.read_bytes())
+        rows = {str(name): row if isinstance(row, list) else [row, ""] for name, row in table.items()}
+        return {name: (int(number), str(digest)) for name, (number, digest) in rows.items()}
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, TypeError) as error:
@@ -105,7 +114,7 @@ def _node_key(home: Path) -> Any:
     try:
         return load_ssh_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise BundleRejected(f"{path} is no readable key; put the coordinator's folder in its place.") from error
+        raise BundleRejected(f"{path} is no readable key; run `{UNPACK}` first.") from error
 
 
 def _public(key: Any) -> str:

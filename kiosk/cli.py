@@ -15,13 +15,14 @@ import click
 
 from kiosk.adapter_cli import adapter
 from kiosk.settings import FILE, SETTINGS, Settings, SettingsError, default_text
+from model.commands import Commands
 
 _HELP = {setting.name: setting.help for setting in SETTINGS}
 ADDRESS = "127.0.0.1"
 MAX_UPLOAD_MB = 50  # one study's picture; larger files are refused before they are read
 
 
-@click.group()
+@click.group(cls=Commands)
 @click.version_option(package_name="afya")
 def main() -> None:
     """Ask about medical images on this computer, correct the answers, and keep every case in one file."""
@@ -29,7 +30,10 @@ def main() -> None:
 
 @main.command()
 def init() -> None:
-    """Write $AFYA_HOME/afya.toml with every setting explained, and make the case database."""
+    """Write $AFYA_HOME/afya.toml with the kiosk's settings explained, and make the case database.
+
+    The limits of federated training go there, too; `afya-client limits` explains them.
+    """
     from model.files import home, write_atomic
 
     folder = home()
@@ -106,7 +110,10 @@ def backup(file: Path, yes: bool) -> None:
     from kiosk.store import StoreError
     from model.files import home
 
-    store = _open_store(home())
+    folder = home()
+    if not (folder / "kiosk.db").is_file():  # a mistyped AFYA_HOME must not look like a backup
+        raise click.ClickException(f"There is no case database at {folder / 'kiosk.db'}; is AFYA_HOME right?")
+    store = _open_store(folder)
     try:
         check = safety.backup(store, file, replace=yes)
     except StoreError as error:

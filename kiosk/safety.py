@@ -28,7 +28,9 @@ class Check:
 def verify(path: Path) -> Check:
     """Read the whole file and report every damage found. Changes nothing; raises StoreError when it is not there."""
     if not path.is_file():
-        raise StoreError(f"There is no case database at {path}; run `afya-kiosk start` once, or name a backup.")
+        raise StoreError(
+            f"There is no case database at {path}; is AFYA_HOME right? A new clinic runs `afya-kiosk init` first."
+        )
     problems: list[str] = []
     cases = turns = 0
     # Not read-only: a journal left by a power cut has to be rolled back before the file may be judged.

@@ -70,8 +70,18 @@ def write(
     return hashlib.sha256(line).hexdigest()
 
 
+def told(data: bytes, entry: str) -> str:
+    """An entry of the record in a file of this clinic's own, which is not checked again."""
+    return str(json.loads(data[len(MARK) :].split(b"\n", 1)[0])["record"].get(entry, ""))
+
+
 def copy(path: Path, data: bytes) -> None:
-    """Put bytes on a stick so that a pulled plug leaves the old file or the new one. Sets no modes: FAT has none."""
+    """Put bytes on a stick so that a pulled plug leaves the old file or the new one. Sets no modes: FAT has none.
+
+    Raises BundleRejected where the folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise BundleRejected(f"{path.parent} is no folder; is the stick there?")
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as out:

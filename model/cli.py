@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from model import canary_cli, import_cli, measure_cli, plan_cli, quantize_cli
+from model.commands import Commands
 
 NOTICE = "Decision support, not a diagnosis."
 _FILE = click.Path(path_type=Path)
@@ -52,7 +53,7 @@ def base(model: Path | None) -> Path:
     return model if model is not None else presets.reference_path()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="afya")
 def main() -> None:
     """Ask, evaluate and list quantized medical vision-language models. Nothing leaves this machine."""

@@ -113,7 +113,17 @@ def _open(path: Path, kind: int, folder: int | None) -> int:
 
 
 def home() -> Path:
-    """The folder of this clinic: $AFYA_HOME, or ~/.afya. Created on first use, for its owner only (0700)."""
+    """The folder of this clinic: $AFYA_HOME, or ~/.afya. Created on first use, for its owner only (0700).
+
+    Raises HomeError.
+    """
     folder = Path(os.environ.get("AFYA_HOME") or Path.home() / ".afya").expanduser()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HomeError(f"{folder} cannot be this clinic's folder ({error.strerror}); set AFYA_HOME to one.") from error
     return folder
+
+
+class HomeError(RuntimeError):
+    """The clinic's folder is not there and cannot be made; the message says which."""

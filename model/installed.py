@@ -6,6 +6,7 @@ a stranger's. Not covered: telling a running kiosk, which looks at the pointer b
 own (`model.verified`), and whether a passport is valid (`model.passport`).
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -64,6 +65,8 @@ def install(home: Path, folder: Path, *, evidence: dict[str, Any], passport: str
         passports.write(store / name, passport)
     before = _read_pointer(store)
     previous = before["name"] if before and before["name"] != name else (before or {}).get("previous")
+    if passport is not None and passports.read(passport)[0].get("kind") == "rollback":
+        previous = _older(home, name)  # the one before was taken back by the coordinator
     pointer = {
         "name": name,
         "sha256": digest,
@@ -127,11 +130,25 @@ def rollback(home: Path, to: str | None = None) -> str | None:
         "base_sha256": found.base_sha256,
         "round": _round_of(folder),
         "installed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "previous": None,
+        "previous": _older(home, target),
     }
     verified.allow(home, target, digest)
     _write_pointer(store, record)
     return target
+
+
+def _older(home: Path, name: str) -> str | None:
+    """Name of the newest adapter here of an earlier round than that of `name` that may answer; None: there is none."""
+    from model import adapters, passport
+
+    found = [path.name for path in (home / "adapters").glob("round-*") if _NAME.fullmatch(path.name)]
+    rounds = {other: int(other[6:-13]) for other in [*found, name]}  # round-NUMBER-HASH
+    for other in sorted(found, key=lambda other: (rounds[other], other), reverse=True):
+        if rounds[other] < rounds[name]:
+            with contextlib.suppress(adapters.AdapterRejected):
+                passport.check(home, home / "adapters" / other)
+                return other
+    return None
 
 
 def before(home: Path) -> str | None:

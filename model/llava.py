@@ -79,7 +79,7 @@ def base_sha256(folder: Path) -> str:
     """
     names = sorted(p.name for p in Path(folder).glob("*") if p.suffix in _HASHED and p.name not in _UNHASHED)
     if "config.json" not in names:
-        raise ModelError(f"{folder} holds no config.json, so it is no model folder; give the path of one with --model.")
+        raise ModelError(f"{folder} holds no config.json, so it is no model folder; name one that is.")
     listing = [[name, files.sha256_file(Path(folder) / name)] for name in names]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 

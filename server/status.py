@@ -92,7 +92,7 @@ class Status:
     @property
     def empty(self) -> bool:
         """Whether nothing at all is known yet."""
-        return not (self.clinics or self.rounds or self.releases or self.running)
+        return not (self.clinics or self.rounds or self.releases or self.running or self.waiting or self.trouble)
 
 
 def read(state: Path, root: Path | None = None) -> Status:

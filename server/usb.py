@@ -7,6 +7,7 @@ the whole call before anything has changed, so that a person can sort it out. No
 """
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -47,24 +48,34 @@ class Letter:
         return False
 
 
-def issue(link: Link, settings: Settings, path: Path) -> int:
-    """Write the next round to `path` and note what was asked; returns its number. Raises SettingsRejected, CertsError.
+def issue(link: Link, settings: Settings, path: Path) -> tuple[int, bool]:
+    """Write the next round to `path` and note what was asked; returns its number, and whether it asks something else
+    than a file of this round that was written before.
 
-    Called again before the replies are in, it writes the same round with the settings of now; replies to the one
-    before are then refused if it asked for something else.
+    Replies to the file before are refused then; a clinic that has answered it answers this one, too. Raises
+    SettingsRejected, CertsError.
     """
     run = rounds.Federation(Stick(_clinics(link)), settings)
     ask = run.next_ask()
     key = signing.load(signing.signing_key(link.certs))
     arrays = {wire.key(factor): wire.pack(ask.state, factor) for factor in wire.FACTORS}
-    record = {"config": rounds.asked(ask, settings)}
+    record = {"config": rounds.asked(ask, settings), "series": _series(run.root / FOLDER)}
     digest = bundle.write(path, "round", record, arrays, key.sign)
     folder = run.root / FOLDER
-    folder.mkdir(exist_ok=True)
+    before = json.loads((folder / _name(ask.round)).read_bytes()) if (folder / _name(ask.round)).exists() else {}
     note = {"sha256": digest, "settings": asdict(settings)}
     write_atomic(folder / _name(ask.round), (json.dumps(note, indent=1) + "\n").encode())
     run.events.add("stick", round=ask.round, sha256=digest)
-    return ask.round
+    return ask.round, before.get("sha256", digest) != digest
+
+
+def _series(folder: Path) -> str:
+    """What the rounds of this folder are called by clinics, who count the rounds of each series."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "series"
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(8).encode())
+    return path.read_text(encoding="utf-8").strip()
 
 
 def take(link: Link, root: Path, paths: Sequence[Path]) -> RoundCheckpoint:

@@ -44,11 +44,13 @@ def export_round(file: Path, folder: Path, state: Path, out: Path | None, values
     config = {**cli.so_far(root, given), **given, "checkpoint-dir": str(root)}
     chosen = _guard(lambda: settings.read(config))
 
-    def write() -> int:
+    def write() -> tuple[int, bool]:
         with alone(root, wait=0):
             return usb.issue(Link(folder.resolve(), state.resolve()), chosen, file)
 
-    number = _guard(write)
+    number, again = _guard(write)
+    if again:
+        click.echo(f"Round {number} was written before with other settings: give every clinic this file instead.")
     click.echo(f"Round {number} is in {file}; the clinics' replies go to `afya-server import-round FILE...`.")
 
 

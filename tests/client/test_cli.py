@@ -2,16 +2,20 @@
 
 import json
 import os
+import socket
+import tomllib
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from client import doctor, node
+from client import doctor, limits, node
 from client.cli import main
 from model import adapters, phantoms
 from model.llava import base_sha256
+from scripts.federation import free_ports
 from server import certs
 from tests.client.clinic import fill
 from tests.model.signed import TRAPS, at_once
@@ -96,3 +100,39 @@ def test_a_key_that_others_can_read_is_a_fault(afya_home: Path, tmp_path: Path, 
     link = node.connection(afya_home, "127.0.0.1:1", tmp_path / "c/clinics/north")
     checks = {check.name: check for check in doctor.examine(afya_home, link)}
     assert not checks["keys"].ok and "chmod 600" in checks["keys"].detail
+
+
+def test_the_limits_are_explained_as_lines_for_the_settings(afya_home: Path, tiny: Path) -> None:
+    fill(afya_home, [], tiny, "max_rank = 7\n")
+    code, text = call("limits")
+    found = tomllib.loads(text)["client"]
+    assert code == 0 and found["max_rank"] == 7 and set(found) == {entry.name for entry in fields(limits.Limits)}
+    assert text.count("\n# ") == len(found)
+
+
+def test_a_clinic_takes_part_once_and_a_port_in_use_is_named(
+    afya_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        link = node.Connection("127.0.0.1:1", tmp_path / "ca", tmp_path / "key", busy.getsockname()[1])
+        with pytest.raises(node.AlreadyJoined, match="choose another with --port"):
+            node.join(tmp_path, link)
+    node.join(afya_home, replace(link, port=free_ports(1)[0]))
+    with pytest.raises(node.AlreadyJoined, match="takes part already from this computer"):
+        node.join(afya_home, replace(link, port=free_ports(1)[0]))
+
+
+def test_a_home_that_cannot_be_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AFYA_HOME", str(tmp_path / "file/home"))
+    for command in ("doctor", "status", "join", "limits", "budget"):
+        code, text = call(command)
+        assert code == 1 and "cannot be this clinic's folder" in text and "AFYA_HOME" in text
+
+
+def test_the_doctor_counts_patients(afya_home: Path, tiny: Path) -> None:
+    fill(afya_home, phantoms.make(3, ["plain"], seed=1, size=32), tiny, "min_cases = 16")
+    checks = json.loads(call("doctor", "--server", "127.0.0.1:1", "--json")[1])
+    told = next(check["detail"] for check in checks if check["name"] == "samples")
+    assert "of 3 patients; rounds are sat out below 16 and 16" in told

@@ -34,12 +34,15 @@ def trust(home: Path) -> None:
     (home / "federation" / passport.PUBLIC).write_bytes(pem)
 
 
-def put(home: Path, tmp_path: Path, base: Path, number: int, key: object = KEY, step: float = 0.004) -> str:
+def put(
+    home: Path, tmp_path: Path, base: Path, number: int, key: object = KEY, step: float = 0.004, kind: str = "release"
+) -> str:
     """Install an adapter of round `number` whose passport `key` has signed (None: it has no passport)."""
     state = {n: a + np.float32(step * number) for n, a in adapters.initial(base, 4, 8, "decoder", 0).items()}
     folder = tmp_path / f"a{number}"
     adapters.save(folder, state, adapters.spec_of(state, 8, base_sha256(base)))
     record = {"round": number, "serial": number, "verdict": "passed", "adapter_sha256": adapters.sha256(folder)}
+    record |= {"kind": kind}
     text = passport.sign({**record, "base_sha256": base_sha256(base)}, key) if key else None
     return installed.install(home, folder, evidence={"round": number}, passport=text)
 
@@ -220,6 +223,25 @@ def test_the_commands_list_and_go_back(afya_home: Path, tmp_path: Path, tiny: Pa
     assert call("rollback", "--yes")[0] == 0 and adapters.current(afya_home) is None
     assert "as it was installed" in call("list")[1]
     assert call("rollback", "--to", "round-9999-x", "--yes")[0] == 1
+
+
+def test_going_back_goes_to_ever_earlier_rounds(afya_home: Path, tmp_path: Path, tiny: Path) -> None:
+    trust(afya_home)
+    names = [put(afya_home, tmp_path, tiny, number) for number in (1, 2, 3)]
+    for name in (names[1], names[0]):
+        code, text = call("rollback", "--yes")
+        assert code == 0 and name in text
+    assert "as it was installed" in call("rollback", "--yes")[1]
+
+
+def test_after_the_coordinator_went_back_the_one_before_is_not_the_one_it_took_back(
+    afya_home: Path, tmp_path: Path, tiny: Path
+) -> None:
+    trust(afya_home)
+    names = [put(afya_home, tmp_path, tiny, number) for number in (1, 2, 3)]
+    put(afya_home, tmp_path, tiny, 2, kind="rollback")
+    assert adapters.current(afya_home) == afya_home / "adapters" / names[1]
+    assert installed.before(afya_home) == names[0]
 
 
 @pytest.mark.slow

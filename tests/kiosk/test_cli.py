@@ -75,3 +75,10 @@ def test_the_flags_keep_it_on_this_machine_and_quiet(monkeypatch: pytest.MonkeyP
     environment = kiosk_environment(Path("some/model"), "8")
     assert environment["HF_HUB_OFFLINE"] == environment["TRANSFORMERS_OFFLINE"] == "1"
     assert Path(environment["AFYA_MODEL"]).is_absolute() and environment["AFYA_BITS"] == "8"
+
+
+def test_a_mistyped_home_is_no_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFYA_HOME", str(tmp_path / "nohome"))
+    code, output = run("backup", str(tmp_path / "copy.db"))
+    assert code == 1 and "is AFYA_HOME right?" in output
+    assert not (tmp_path / "nohome/kiosk.db").exists() and not (tmp_path / "copy.db").exists()

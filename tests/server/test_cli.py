@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from scripts.federation import free_ports
 from server import certs, link
 from server import checkpoint as store
 from server.cli import main
@@ -75,3 +76,41 @@ def test_events_read_well() -> None:
     lost = {"event": "rejected", "round": 1, "clinic": "north", "reason": "non-finite"}
     assert sentence(lost) == "  north: rejected, non-finite"
     assert sentence({"at": "x", "event": "resumed", "round": 3}) == "Resumed: round 3"
+
+
+def test_the_port_of_the_superlink_is_found_where_the_server_wrote_it(tmp_path: Path) -> None:
+    assert link.existing(tmp_path / "c", tmp_path / "s").port == 8000
+    link.configure(link.Link(tmp_path / "c", tmp_path / "s", 8123))
+    assert link.existing(tmp_path / "c", tmp_path / "s").address == "127.0.0.1:8123"
+
+
+def test_a_second_server_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    certs.make(tmp_path / "c", [])
+    ports = free_ports(3)
+    first = link.Link(tmp_path / "c", tmp_path / "s", ports[0])
+    first.state.mkdir()
+    with link._sole(first.state), pytest.raises(link.LinkError, match=r"A server is at work in .*/s; stop it first"):
+        link.serve(link.Link(tmp_path / "c", tmp_path / "s", ports[1]), ("127.0.0.1", ports[2]), print)
+    assert not (first.state / "flower").exists(), "the first one's address was left alone"
+    assert "choose two ports" in link.faults(first, ("127.0.0.1", ports[0]))[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["start", "--listen", "127.0.0.1:70000"], "is not HOST:PORT"),
+        (["start", "--link-port", "99999"], "99999 is not in the range"),
+        (["rounds", "--set", "rank"], "write rank=VALUE"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(arguments: list[str], told: str, tmp_path: Path) -> None:
+    places = ["--certs", str(tmp_path / "c"), "--state", str(tmp_path / "s")]
+    done = CliRunner().invoke(main, [*arguments, *places])
+    assert done.exit_code == 2 and told in done.output
+
+
+def test_another_name_for_the_server_needs_another_certificate_and_that_is_said(tmp_path: Path) -> None:
+    certs.make(tmp_path, [])
+    done = CliRunner().invoke(main, ["certs", "--out", str(tmp_path), "--host", "otherhost.example.org"])
+    assert done.exit_code == 1 and "does not name otherhost.example.org; remove it" in done.output
+    assert CliRunner().invoke(main, ["certs", "--out", str(tmp_path), "--host", "localhost"]).exit_code == 0

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server import exchange, rounds
+from server import events, exchange, rounds
 from tests.server import fakes
 
 
@@ -64,3 +64,14 @@ def test_one_that_refuses_is_gone_or_fails_for_good_ends_the_run(
 ) -> None:
     with pytest.raises(httpx.HTTPError):
         single(tmp_path, tiny, exchange.BUSY + 30, error)
+
+
+def test_a_round_says_whom_it_waits_for(tmp_path: Path, tiny: Path) -> None:
+    clock = fakes.Clock()
+    grid = fakes.FakeGrid({n: fakes.honest() for n in (1, 2, 3)})
+    grid.online = {1, 2}
+    chosen = fakes.settings(tmp_path, tiny, num_server_rounds=1, gate="off")
+    after = rounds.Federation(grid, chosen, sleep=clock.sleep, clock=clock).single()
+    assert not after.changed
+    told = [event for event in events.read(tmp_path)[0] if event["event"] == "waiting"]
+    assert [(event["clinics"], event["needed"]) for event in told] == [(["clinic-1", "clinic-2"], 3)]

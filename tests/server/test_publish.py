@@ -236,3 +236,38 @@ def test_the_key_is_private_made_once_and_handed_out(tmp_path: Path) -> None:
     key.write_bytes(b"nonsense")
     with pytest.raises(CertsError, match="no readable key"):
         signing.load(key)
+
+
+def test_an_adapter_that_no_round_has_changed_is_not_released_again(tmp_path: Path, tiny: Path) -> None:
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=2)
+    lonely = Clinics({})
+    lonely.online = {1}
+    run(tmp_path, tiny, lonely, num_server_rounds=3)  # below the quorum: nothing changes
+    assert issued(tmp_path) == [(2, "release")] and "released after round 2 already" in last_word(tmp_path)
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=3, gate="off")
+    assert issued(tmp_path) == [(2, "release")]
+    run(tmp_path, tiny, FakeGrid({node: honest(0.01) for node in (1, 2, 3)}), num_server_rounds=4, gate="off")
+    run(tmp_path, tiny, FakeGrid({node: honest(0.01) for node in (1, 2, 3)}), num_server_rounds=4)  # nobody can examine
+    assert issued(tmp_path) == [(2, "release"), (4, "release")]
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=4)  # examined at last: released with that evidence
+    assert issued(tmp_path) == [(2, "release"), (4, "release"), (4, "release")]
+    assert record(tmp_path, 4)["verdict"] == "passed"
+
+
+def last_word(tmp_path: Path) -> str:
+    return str(happened(tmp_path, "not-released")[-1]["reason"])
+
+
+def test_a_release_that_a_crash_kept_from_the_clinics_is_brought_again(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "bring", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, tiny, Clinics({}), num_server_rounds=2)
+    grid = Clinics({})
+    run(tmp_path, tiny, grid, num_server_rounds=2)
+    assert issued(tmp_path) == [(2, "release")] and len(happened(tmp_path, "installed")) == 3
+    assert "evaluate" not in grid.kinds()
+    run(tmp_path, tiny, Clinics({}), num_server_rounds=2)
+    assert len(happened(tmp_path, "installed")) == 3

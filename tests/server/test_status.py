@@ -215,3 +215,12 @@ def _own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.2"
+
+
+def test_whom_a_round_waits_for_is_shown_until_it_begins(tmp_path: Path) -> None:
+    log = events.Events(tmp_path / "rounds")
+    log.add("waiting", clinics=["north"], needed=2, seconds=25)
+    told = "Waiting for clinics: 2 are needed, north is there; for at most 25 s more."
+    assert status.read(tmp_path).waiting == told and told in status_cli.text(status.read(tmp_path))
+    log.add("round", round=1, factor="B", clinics=["north", "south"])
+    assert status.read(tmp_path).waiting == ""
