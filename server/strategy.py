@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.common.constant import ErrorCode
 
 from model import wire
 from model.adapters import AdapterRejected, AdapterSpec, State
@@ -60,6 +59,7 @@ class Update:
     metrics: dict[str, float]
 
 
+NODE_UNAVAILABLE = 5  # Flower's ErrorCode for a SuperNode without a sign of life
 SILENT = "no reply before the deadline"
 NOT_GIVEN = "its reply was not among the files"  # by stick
 
@@ -108,7 +108,7 @@ class Gate:
         return late
 
     def _open(self, node: int, clinic: str, message: Any) -> Update:
-        if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
+        if message.has_error() and message.error.code == NODE_UNAVAILABLE:
             raise AdapterRejected("the clinic's client was stopped, or its line was down for too long")
         if message.has_error():
             raise AdapterRejected(f"the clinic's training failed: {message.error.reason or message.error.code}")

@@ -131,6 +131,19 @@ def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
     assert slake_case.resumed(other, first) == slake_case.Done(first)  # what was kept is of other settings
 
 
+def test_a_share_is_that_of_the_seeds_that_both_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [f"q{n}" for n in range(40)]
+    groups, places = {i: i for i in ids}, dict.fromkeys(ids, "one")
+
+    def right(share: float) -> dict[str, bool]:
+        return {i: n < 40 * share for n, i in enumerate(ids)}
+
+    runs = {"none": {0: right(0.2)}, "pooled": {1: right(0.6), 2: right(0.6), 3: right(1.0)}, "brief": {}}
+    row = slake_table._row({1: right(0.4), 2: right(0.4)}, runs, groups, places)
+    assert row["pooled"]["share"] == pytest.approx(0.5) and "brief" not in row and row["seeds"] == 2
+    assert "pooled" not in slake_table._row(runs["none"], runs, groups, places)
+
+
 def test_pooled_training_takes_the_steps_of_one_clinic_and_the_examples_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +162,8 @@ def test_pooled_training_takes_the_steps_of_one_clinic_and_the_examples_of_all(
     samples = [Sample(str(n), blank, "q", "a", "open", str(n), "slake", meta=own) for n, own in enumerate(meta)]
     chosen = {**ROUNDS, "batch": 5, "targets": "decoder"}
     for what in ("pooled", "brief", "local mri"):
-        case = slake_case.Case(what, "modality", 1, "", "", str(tmp_path / f"{what}.json"), chosen)
+        own = slake.sized(what, chosen)
+        case = slake_case.Case(what, "modality", 1, "", "", str(tmp_path / f"{what}.json"), own)
         slake_case.train(case, samples)
         slake_case.train(case, samples)  # kept: not done again
     assert asked == [(15, 4, 6), (5, 4, 6), (5, 2, 6)]

@@ -70,12 +70,15 @@ def test_the_share_of_what_pooling_gains_is_known_for_a_known_case() -> None:
 
 def test_every_case_of_the_slake_study_has_a_name_of_its_own(tmp_path: Path) -> None:
     wanted = list(
-        slake.cases(tmp_path, tmp_path, tmp_path, 2, {}, {"brief": {"lr": 1e-3}, "alternating": {"lr": 2e-3}})
+        slake.cases(
+            tmp_path, tmp_path, tmp_path, 2, {"batch": 24}, {"brief": {"lr": 1e-3}, "alternating": {"lr": 2e-3}}
+        )
     )
     names = [case.name for case in wanted]
     assert len(names) == len(set(names)) == 1 + 2 * (2 + 2 * (4 + 3))
     assert names[:4] == ["none", "pooled-1", "brief-1", "alternating-modality-1"] and "local-head-organ-2" in names
     assert [case.settings.get("lr") for case in wanted[1:5]] == [None, 1e-3, 2e-3, None]
+    assert [case.settings["batch"] for case in wanted[1:4]] == [72, 24, 24]
     assert next(case for case in wanted if case.name == "local-ct-modality-1").settings["lr"] == 1e-3
     assert not any(slake_runs.done(case) for case in wanted)
     (tmp_path / "cases").mkdir()

@@ -38,7 +38,7 @@ DOORS = {
     "flwr": [
         "client/app.py",
         "client/supernode.py",
-        *(f"server/{name}.py" for name in ("app", "pulling", "release", "rounds")),
+        *(f"server/{name}.py" for name in ("app", "exchange", "pulling", "release", "rounds")),
     ],
     "deepspeed": ["server/train.py", "server/stage.py", "server/stage_model.py"],
     "streamlit": ["kiosk/app.py", "kiosk/views*.py", "server/page.py"],

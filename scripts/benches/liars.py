@@ -72,21 +72,22 @@ def summary(wanted: Sequence[Case]) -> dict[str, Any]:
     _, test = rows(wanted[0])
     groups = {row.id: row.group for row in test}
     ids = sorted(groups)
-    found: dict[tuple[str, str], list[slake_table.Right]] = {}
+    found: dict[tuple[str, str], dict[int, slake_table.Right]] = {}
     away: dict[tuple[str, str], list[list[list[int]]]] = {}  # who was set aside, for each seed and round
     for case in wanted:
         if slake_runs.done(case):
             key, result = (case.settings["lie"], case.settings["rule"]), slake_runs.result(case)
-            found.setdefault(key, []).append(result["right"])
+            found.setdefault(key, {})[case.seed] = result["right"]
             away.setdefault(key, []).append(result.get("aside", []))
-    means = {way: slake_table.mean_right(runs, ids) for way, runs in found.items()}
-    lines = []
-    for (lie, rule), mean in means.items():
-        row: dict[str, Any] = {"lie": lie, "rule": rule, "seeds": len(found[lie, rule]), "percent": 100 * mean.mean()}
+    lines, honest = [], found.get(("", "mean"), {})
+    for (lie, rule), runs in found.items():
+        mean = slake_table.mean_right(list(runs.values()), ids)
+        row: dict[str, Any] = {"lie": lie, "rule": rule, "seeds": len(runs), "percent": 100 * mean.mean()}
         if rounds := [1 for each in away[lie, rule] for _ in each]:
             row["rounds"], row["liar_set_aside"] = len(rounds), sum(0 in n for each in away[lie, rule] for n in each)
-        if ("", "mean") in means:
-            lost = mean - means["", "mean"]
+        if both := sorted(set(runs) & set(honest)):
+            here, there = (slake_table.mean_right([of[seed] for seed in both], ids) for of in (runs, honest))
+            lost = here - there
             row["difference"] = slake_table.share(lost, lost, [groups[i] for i in ids])
         lines.append(row)
     return {"rows": len(ids), "clinics": len(CHANCE), "lines": lines}

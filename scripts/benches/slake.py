@@ -98,7 +98,7 @@ def tuning(
 ) -> Iterator[Case]:
     """Each way of training with each of the rates, asked about training images that it was not shown."""
     for rate, way in itertools.product(rates, ways):
-        case = Case(way, "modality", 1, str(base), str(data), "", {**settings, **rate}, tune=True)
+        case = Case(way, "modality", 1, str(base), str(data), "", sized(way, {**settings, **rate}), tune=True)
         yield replace(case, out=str(out / "cases" / f"{case.name}.json"))
 
 
@@ -112,6 +112,12 @@ def scored(tried: Sequence[Case]) -> dict[str, dict[str, float]]:
     return found
 
 
+def sized(way: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a way of training: pooled data are taken in batches of all clinics' examples."""
+    clinics = len(next(iter(SPLITS.values()))[1]) if way == "pooled" else 1
+    return {**settings, "batch": settings["batch"] * clinics}
+
+
 def cases(
     base: Path, data: Path, out: Path, seeds: int, settings: Mapping[str, Any], rates: Mapping[str, Rate]
 ) -> Iterator[Case]:
@@ -119,7 +125,7 @@ def cases(
 
     def case(what: str, split: str, seed: int) -> Case:
         place = out / "cases" / f"{Case(what, split, seed, '', '', '').name}.json"
-        own = {**settings, **rates.get("brief" if what.startswith("local ") else what, {})}
+        own = sized(what, {**settings, **rates.get("brief" if what.startswith("local ") else what, {})})
         return Case(what, split, seed, str(base), str(data), str(place), own)
 
     yield case("none", "modality", 0)

@@ -40,7 +40,7 @@ CHANCE = ("one", "two", "three", "four", "five")  # clinics of the split "chance
 class Case:
     """`what`: "none", "pooled", "brief", "local CLINIC" or an aggregation. `tune` tests on some of the training images.
 
-    "pooled" takes as many steps as one clinic, with the examples of all clinics in each; "brief" with those of one.
+    "pooled" and "brief" take as many steps as one clinic; the batch in its settings is that of all clinics, or of one.
 
     With `lie` in its settings the first clinic lies so (`slake_lies`); `cut` is that of the trimmed mean.
     """
@@ -100,8 +100,7 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
         clinics[clinic_of(sample, case.split)].append(sample)
     if case.what not in MODES:
         mine = samples if case.what in ("pooled", "brief") else clinics[case.what.removeprefix("local ")]
-        batch = s["batch"] * (len(clinics) if case.what == "pooled" else 1)
-        return alone(replace(case, settings={**s, "batch": batch}), mine, state, s["rounds"] * s["steps"]), {}
+        return alone(case, mine, state, s["rounds"] * s["steps"]), {}
     return federate(case, clinics, wire.rounded(state))
 
 

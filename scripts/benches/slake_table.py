@@ -11,6 +11,7 @@ from server.aggregate import MODES
 
 _DRAWS = 4000  # bootstrap draws of whole images
 Right = Mapping[str, bool]
+Seeds = Mapping[int, Right]  # what each seed answered right
 BEST = ("pooled", "brief")  # what the others' gain is held against
 
 
@@ -23,10 +24,10 @@ def summary(wanted: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, An
     for split, (_, clinics) in SPLITS.items():
         groups = {row.id: row.group for row in test}
         places = {row.id: clinic_of(row, split) for row in test}
-        runs = {"none": [there["none"]["right"]] if "none" in there else []}
+        runs = {"none": {0: there["none"]["right"]} if "none" in there else {}}
         for what in (*BEST, *MODES, *(f"local {name}" for name in clinics)):
             named = [Case(what, split, seed, "", "", "").name for seed in seeds]
-            runs[what] = [there[name]["right"] for name in named if name in there]
+            runs[what] = {seed: there[name]["right"] for seed, name in zip(seeds, named, strict=True) if name in there}
         found = {what: _row(several, runs, groups, places) for what, several in runs.items() if several}
         for what in MODES:
             facts = [there[n] for n in (Case(what, split, s, "", "", "").name for s in seeds) if n in there]
@@ -38,13 +39,13 @@ def summary(wanted: Sequence[Case], settings: Mapping[str, Any]) -> dict[str, An
 
 
 def _row(
-    several: Sequence[Right], runs: Mapping[str, Sequence[Right]], groups: Mapping[str, str], places: Mapping[str, str]
+    several: Seeds, runs: Mapping[str, Seeds], groups: Mapping[str, str], places: Mapping[str, str]
 ) -> dict[str, Any]:
     """Mean over seeds: percent right, its interval, each clinic's, and the shares of what both ways of pooling gain."""
     from model import metrics
 
     ids = sorted(groups)
-    mean = mean_right(several, ids)
+    mean = mean_right(list(several.values()), ids)
     whole = metrics.estimate(list(mean), [groups[i] for i in ids], _DRAWS)
     assert whole is not None
     own = {}
@@ -53,9 +54,10 @@ def _row(
     row: dict[str, Any] = {"seeds": len(several), "percent": whole.percent, "low": whole.low, "high": whole.high}
     row |= {"clinics": own}
     for best in BEST if runs["none"] else ():
-        if runs[best]:
-            start, most = mean_right(runs["none"], ids), mean_right(runs[best], ids)
-            row[best] = share(mean - start, most - start, [groups[i] for i in ids])
+        if both := sorted(set(several) & set(runs[best])):  # without an adapter there is no seed, and no share
+            start = mean_right(list(runs["none"].values()), ids)
+            gained, most = (mean_right([of[seed] for seed in both], ids) - start for of in (several, runs[best]))
+            row[best] = share(gained, most, [groups[i] for i in ids])
     return row
 
 

@@ -75,3 +75,11 @@ def test_a_round_says_whom_it_waits_for(tmp_path: Path, tiny: Path) -> None:
     assert not after.changed
     told = [event for event in events.read(tmp_path)[0] if event["event"] == "waiting"]
     assert [(event["clinics"], event["needed"]) for event in told] == [(["clinic-1", "clinic-2"], 3)]
+
+
+def test_a_clinic_that_left_is_told_from_one_whose_training_failed() -> None:
+    from flwr.common.constant import ErrorCode
+
+    from server import strategy
+
+    assert strategy.NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE

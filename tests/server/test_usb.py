@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,51 +11,12 @@ from click.testing import CliRunner
 
 from client import app, limits, rounds_file
 from client import cli as client_cli
-from model import adapters, passport, phantoms, wire
+from model import adapters, passport, wire
 from model.bundle import BundleRejected
-from server import certs, events, invite, rounds, signing, usb, usb_release
-from server import checkpoint as store
+from server import certs, events, rounds, usb, usb_release
 from server import cli as server_cli
-from server.alone import alone
-from server.link import Link
-from tests.client.clinic import fill
 from tests.server import fakes
-
-CLINICS = ("north", "south", "west")
-VALUES = {"rank": 2, "local_steps": 8, "batch_size": 8, "min_clinics": 3, "num_server_rounds": 2, "gate": "off"}
-
-
-class Coordinator:
-    """A server's folders and three clinics' homes with their keys, and no network between them."""
-
-    def __init__(self, root: Path, tiny: Path) -> None:
-        self.root, self.link = root, Link(root / "certs", root / "state")
-        certs.make(self.link.certs, CLINICS)
-        signing.hand_out(self.link.certs)
-        self.settings = fakes.settings(root / "rounds", tiny, **VALUES)
-        self.homes = {}
-        for number, name in enumerate(CLINICS):
-            home = fill(root / name, phantoms.make(3, ["plain"], seed=number, size=48), tiny, "min_examples = 4")
-            shutil.copytree(self.link.certs / "clinics" / name, home / "federation")
-            self.homes[name] = home
-
-    def issue(self, name: str = "round.afya") -> Path:
-        usb.issue(self.link, self.settings, self.root / name)
-        return self.root / name
-
-    def reply(self, name: str, file: Path) -> Path:
-        rounds_file.take(self.homes[name], file)
-        rounds_file.give(self.homes[name], self.root / f"{name}.afya")
-        return self.root / f"{name}.afya"
-
-    def take(self, *files: Path) -> store.RoundCheckpoint:
-        return usb.take(self.link, self.root / "rounds", files)
-
-    def seen(self) -> tuple[list[str], int]:
-        """What a refused file must leave as it was."""
-        found, _ = store.latest(self.root / "rounds")
-        assert found is not None
-        return sorted(p.name for p in (self.root / "rounds").glob("round-*")), found.round
+from tests.server.sticks import CLINICS, VALUES, Coordinator
 
 
 @pytest.fixture
@@ -248,68 +208,3 @@ def test_the_commands_say_what_they_did_and_refuse_in_one_sentence(
     assert code == 1 and text.startswith("Error: Round 2 was not written to a stick yet")
     code, text = call(client_cli.main, "budget", "--json")
     assert code == 0 and json.loads(text) == {"dp": False, "epsilon": 0.0, "budget": 8.0, "delta": 1e-05, "rounds": []}
-
-
-def test_a_round_written_again_with_other_settings_is_answered_again_and_an_older_one_never(side: Coordinator) -> None:
-    first = side.issue("first.afya")
-    assert usb.issue(side.link, side.settings, first) == (1, False)
-    answered = [side.reply(name, first) for name in CLINICS]
-    side.settings = replace(side.settings, local_steps=9)
-    again = side.root / "again.afya"
-    assert usb.issue(side.link, side.settings, again) == (1, True)
-    with pytest.raises(BundleRejected, match="written again since"):
-        side.take(*answered)
-    after = side.take(*(side.reply(name, again) for name in CLINICS))
-    assert (after.round, after.changed) == (1, True)
-    second = side.issue("second.afya")
-    side.reply("north", second)
-    for old in (first, again, second):
-        with pytest.raises(BundleRejected, match="answered round 2 already"):
-            rounds_file.take(side.homes["north"], old)
-
-
-def test_a_new_folder_of_rounds_begins_with_round_1_at_the_clinics_too(side: Coordinator) -> None:
-    first = side.issue()
-    side.take(*(side.reply(name, first) for name in CLINICS))
-    side.reply("north", side.issue())
-    side.settings = replace(side.settings, checkpoint_dir=str(side.root / "new"), rank=3)
-    other = side.issue("other.afya")
-    assert rounds_file.take(side.homes["north"], other)["server-round"] == 1
-    with pytest.raises(BundleRejected, match="answered round 1 already"):
-        rounds_file.take(side.homes["north"], other)
-    with pytest.raises(BundleRejected, match="answered round 2 already"):
-        rounds_file.take(side.homes["north"], first)
-
-
-def test_a_note_of_an_earlier_version_still_counts(side: Coordinator) -> None:
-    home = side.homes["north"]
-    public = passport.trusted(home)
-    assert public is not None
-    (home / rounds_file.FOLDER).mkdir()
-    (home / rounds_file.FOLDER / rounds_file.ANSWERED).write_text(json.dumps({passport.name_of(public): 4}))
-    assert rounds_file._answered(home) == {passport.name_of(public): (4, "")}
-
-
-def test_no_round_is_written_while_a_run_is_at_work(side: Coordinator, tmp_path: Path) -> None:
-    arguments = ["export-round", str(tmp_path / "r"), "--certs", str(side.link.certs), "--state", str(side.link.state)]
-    with alone(side.link.state / "rounds"):
-        done = CliRunner().invoke(server_cli.main, arguments)
-    assert done.exit_code == 1 and "Another run is at work" in done.output and not (tmp_path / "r").exists()
-
-
-def test_a_clinic_without_a_network_unpacks_its_invitation_only(side: Coordinator, tmp_path: Path, tiny: Path) -> None:
-    home = fill(tmp_path / "away", phantoms.make(3, ["plain"], seed=5, size=48), tiny, "min_examples = 4")
-    arguments = ["import-round", str(side.issue())]
-    done = CliRunner().invoke(client_cli.main, arguments, env={"AFYA_HOME": str(home)})
-    assert done.exit_code == 1 and "run `afya-client join FILE --offline`" in done.output
-    invite.invite(side.link, "away", tmp_path / "away.afya", "localhost:8443", tiny)
-    done = CliRunner().invoke(
-        client_cli.main, ["join", str(tmp_path / "away.afya"), "--offline"], env={"AFYA_HOME": str(home)}
-    )
-    assert done.exit_code == 0 and "By stick" in done.output, done.output
-    done = CliRunner().invoke(client_cli.main, ["import-round", str(side.issue())], env={"AFYA_HOME": str(home)})
-    assert done.exit_code == 0, done.output
-    done = CliRunner().invoke(client_cli.main, ["export-round", str(tmp_path / "no/x")], env={"AFYA_HOME": str(home)})
-    assert done.exit_code == 1 and "is no folder; is the stick there?" in done.output
-    done = CliRunner().invoke(client_cli.main, ["export-round", str(tmp_path / "x")], env={"AFYA_HOME": str(home)})
-    assert done.exit_code == 0 and "The answer to round 1 is in" in done.output
