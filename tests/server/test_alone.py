@@ -55,6 +55,7 @@ def test_commands_that_change_rounds_refuse_beside_a_run(
     state = tmp_path / "state"
     (state / "flower").mkdir(parents=True)
     (state / "flower" / "config.toml").touch()  # as after `afya-server start`
+    monkeypatch.setattr("server.runs.is_up", lambda _: True)
     more = {"rollback": ["--yes"], "import-round": [str(tmp_path / "reply")]}.get(command, [])
     with alone.alone(state / "rounds"):
         places = ["--certs", str(tmp_path / "certs"), "--state", str(state)]
