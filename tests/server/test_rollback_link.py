@@ -13,7 +13,7 @@ from server import certs
 from server.cli import main
 from tests.client.clinic import fill
 
-SECONDS = 60.0  # on a busy test machine; with one clinic beside the server on two cores it took 7.2 to 8.6
+SECONDS = 60.0  # on a busy test machine; on two cores with two clinics it took 6.1 and 9.1 (NOTES.md)
 
 
 @pytest.mark.slow
