@@ -134,19 +134,20 @@ class FleetProxy:
             return await _answer(send, 502, "The SuperLink does not answer.")
         await _whole(send, answer)
 
-    async def _patiently(self, request: httpx.Request) -> httpx.Response:
+    async def _patiently(self, request: httpx.Request, stream: bool = False) -> httpx.Response:
         """The SuperLink's answer; asked again while it fails. Raises httpx.HTTPError."""
-        got = await self.client.send(request)
+        got = await self.client.send(request, stream=stream)
         for seconds in BUSY:
             if got.status_code != 500:
                 break
+            await got.aclose()
             await asyncio.sleep(seconds)
-            got = await self.client.send(request)
+            got = await self.client.send(request, stream=stream)
         return got
 
     async def _stream(self, path: str, key: bytes, request: httpx.Request, send: Send) -> None:
         """Pass an answer on piece by piece. Raises httpx.HTTPError while there is none."""
-        answer = await self.client.send(request, stream=True)
+        answer = await self._patiently(request, stream=True)
         self.again.seen(path, key, answer.status_code)
         try:
             await send({"type": "http.response.start", "status": answer.status_code, "headers": _kept(answer)})

@@ -68,10 +68,10 @@ class Clinic(threading.Thread):
                         return
 
     def _flood(self, announce: Callable[[ObjectTree], object]) -> None:
-        """One announcement that the proxy refuses, and one of a quarter of what it passes on."""
+        """One announcement that the proxy refuses, and one that it passes on."""
         with pytest.raises(httpx.HTTPStatusError, match="413"):
             announce(invented(10_000))
-        announce(invented(1500))
+        announce(invented(1000))
         self.flooded = True
 
 

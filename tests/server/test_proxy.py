@@ -149,12 +149,14 @@ def test_a_call_that_a_busy_superlink_fails_is_made_again(tmp_path: Path, monkey
     monkeypatch.setattr(proxy, "BUSY", (0.01, 0.01, 0.01))
 
     async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
-        upstream.fails = 3
-        url, headers = f"{base}/v1/fleet/push-object", {"flwr-public-key": "abc"}
-        assert (await client.post(url, content=b"ab", headers=headers)).content == b"ba"
-        upstream.fails = 9
-        assert (await client.post(url, content=b"ab", headers=headers)).status_code == 500
-        assert len(upstream.seen) == 8
+        for number, call in enumerate(("push-object", "confirm-message-received"), 1):
+            url, headers = f"{base}/v1/fleet/{call}", {"flwr-public-key": "abc"}
+            upstream.fails = 3
+            body = bytes([number, 9])
+            assert (await client.post(url, content=body, headers=headers)).content == body[::-1]
+            upstream.fails = 9
+            assert (await client.post(url, content=body, headers=headers)).status_code == 500
+            assert len(upstream.seen) == 8 * number
 
     through(tmp_path, talk)
 
