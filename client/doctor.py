@@ -128,10 +128,10 @@ def _limits(home: Path) -> str:
         "lr": (own.min_lr, own.max_lr),
         "batch-size": (1, own.max_batch),
     }
-    seen = plan.get("local-steps", own.max_steps) * plan.get("batch-size", own.max_batch)
-    if type(seen) is int and seen < own.min_cases:
-        raise _Fault(f"the federation plans {seen} samples a round, and nothing leaves here below {own.min_cases}.")
     numbers = {name: plan[name] for name in ranges if type(plan.get(name)) in (int, float)}
+    seen = numbers.get("local-steps", own.max_steps) * numbers.get("batch-size", own.max_batch)
+    if seen < own.min_cases:
+        raise _Fault(f"the federation plans {seen:g} samples a round, and nothing leaves here below {own.min_cases}.")
     outside = [
         f"{name} {value} (here {ranges[name][0]} to {ranges[name][1]})"
         for name, value in numbers.items()

@@ -52,7 +52,7 @@ def give(home: Path, path: Path) -> str:
     except FileNotFoundError as error:
         raise BundleRejected("There is no answer yet; run `afya-client import-round FILE` first.") from error
     bundle.copy(path, data)
-    return bundle.told(data, "round")
+    return bundle.entry_of(data, "round")
 
 
 def install(home: Path, path: Path) -> str:

@@ -70,7 +70,7 @@ def write(
     return hashlib.sha256(line).hexdigest()
 
 
-def told(data: bytes, entry: str) -> str:
+def entry_of(data: bytes, entry: str) -> str:
     """An entry of the record in a file of this clinic's own, which is not checked again."""
     return str(json.loads(data[len(MARK) :].split(b"\n", 1)[0])["record"].get(entry, ""))
 

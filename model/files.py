@@ -112,6 +112,10 @@ def _open(path: Path, kind: int, folder: int | None) -> int:
         raise
 
 
+class HomeError(RuntimeError):
+    """The clinic's folder is not there and cannot be made; the message says which."""
+
+
 def home() -> Path:
     """The folder of this clinic: $AFYA_HOME, or ~/.afya. Created on first use, for its owner only (0700).
 
@@ -123,7 +127,3 @@ def home() -> Path:
     except OSError as error:
         raise HomeError(f"{folder} cannot be this clinic's folder ({error.strerror}); set AFYA_HOME to one.") from error
     return folder
-
-
-class HomeError(RuntimeError):
-    """The clinic's folder is not there and cannot be made; the message says which."""

@@ -14,6 +14,12 @@ from typing import IO
 from server.settings import SettingsRejected
 
 FILE = "lock"
+
+
+class Occupied(SettingsRejected):
+    """Another run is at work in the folder, and has not ended in time."""
+
+
 WAIT = 60.0  # seconds: a ServerApp whose SuperLink was killed ends when that is back
 _LOOK = 0.5
 
@@ -27,14 +33,14 @@ def alone(
 ) -> Iterator[None]:
     """Hold the rounds in `root` for this process; waits up to `wait` seconds for another one, telling so once.
 
-    Raises SettingsRejected when the other one is still at work then.
+    Raises Occupied when the other one is still at work then.
     """
     root.mkdir(parents=True, exist_ok=True)
     with open(root / FILE, "ab") as stream:
         waited = 0.0
         while not _taken(stream):
             if waited >= wait:
-                raise SettingsRejected(
+                raise Occupied(
                     f"Another run is at work in {root}; wait until it has ended (afya-server status), or restart"
                     " afya-server start, which ends it."
                 )

@@ -3,15 +3,13 @@
 Everything of substance is in `server.rounds`; this file is the door that Flower knows.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server import pulling, rounds, settings
-from server.alone import alone
+from server.alone import Occupied, alone
 from server.events import Events
 from server.strategy import plain
 
@@ -25,21 +23,17 @@ def main(grid: Grid, context: Context) -> None:
     Events.run = int(context.run_id)
     chosen = settings.read(context.run_config)
     root = Path(chosen.checkpoint_dir).expanduser()
-    with _alone(root):
-        try:
-            rounds.federate(grid, chosen)
-        except Exception as error:  # told where `afya-server rounds` looks; Flower marks the run as failed
-            Events(root).add("failed", reason=plain(str(error) or repr(error)))
-            raise
+    try:
+        with alone(root):
+            _federate(grid, chosen, root)
+    except Occupied as error:  # for whoever follows this run; the events of the one that is at work say another number
+        Events(root).add("refused", reason=plain(str(error)))
+        raise
 
 
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the folder of rounds; a refusal is told to whoever follows this run, under its own number."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(alone(root))
-        except settings.SettingsRejected as error:
-            Events(root).add("refused", reason=plain(str(error)))
-            raise
-        yield
+def _federate(grid: Grid, chosen: settings.Settings, root: Path) -> None:
+    try:
+        rounds.federate(grid, chosen)
+    except Exception as error:  # told where `afya-server rounds` looks; Flower marks the run as failed
+        Events(root).add("failed", reason=plain(str(error) or repr(error)))
+        raise

@@ -104,12 +104,6 @@ def refused_before(office: Office, folder: Path) -> str:
     return str(record["summary"]) if same and record.get("places") else ""
 
 
-def issued_before(office: Office, now: RoundCheckpoint) -> dict[str, Any] | None:
-    """The newest release of the very adapter of a checkpoint, where there is one."""
-    rows = history(office)
-    if not rows:
-        return None
-    folder = release.build(office.root, now, "candidates")
-    digest = adapters.sha256(folder)
-    shutil.rmtree(folder)
-    return next((row for row in reversed(rows) if row["adapter_sha256"] == digest), None)
+def issued(office: Office, digest: str) -> dict[str, Any] | None:
+    """The newest release of the adapter with this hash, where there is one."""
+    return next((row for row in reversed(history(office)) if row["adapter_sha256"] == digest), None)

@@ -174,7 +174,7 @@ async def _whole(send: Send, answer: Answer) -> None:
 
 def _most(call: str) -> int:
     """Bytes that the body of a call may have."""
-    return min(MAX_ANNOUNCED, MAX_BODY) if call == ANNOUNCE else MAX_BODY
+    return MAX_ANNOUNCED if call == ANNOUNCE else MAX_BODY
 
 
 async def _pieces(receive: Receive, most: int) -> AsyncIterator[bytes]:

@@ -21,15 +21,15 @@ from model.files import write_atomic
 from server import candidate, gate_data, release, signing
 from server.candidate import Place, Thresholds
 from server.checkpoint import RoundCheckpoint
-from server.office import ISSUED, Office, current, history, issued_before, move, refused_before, settle
+from server.office import ISSUED, Office, current, history, issued, move, refused_before, settle
 from server.settings import SettingsRejected
+from server.strategy import SILENT
 
 RELEASE_SECONDS = 600.0  # longest wait for the clinics to install; one that is away gets the next release
 
 
-def examined_candidate(office: Office, now: RoundCheckpoint) -> tuple[Path, dict[str, Any]]:
-    """Build the candidate of a checkpoint and examine it; returns its folder and the record of its passport."""
-    folder = release.build(office.root, now, "candidates")
+def examined(office: Office, folder: Path, now: RoundCheckpoint) -> dict[str, Any]:
+    """Examine the candidate in `folder`, built from a checkpoint; returns the record of its passport."""
     s = office.settings
     limits = Thresholds(s.gate_points, s.gate_ece, s.gate_rows, s.gate_reliance)
     places, silent = examine(office, folder, now.round)
@@ -52,7 +52,7 @@ def examined_candidate(office: Office, now: RoundCheckpoint) -> tuple[Path, dict
         "places": candidate.rows_of(places),
         "silent": silent,
     }
-    return folder, record
+    return record
 
 
 def _verdict(gate: str, places: list[Place], rules: list[candidate.Rule]) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def examine(office: Office, folder: Path, number: int) -> tuple[list[Place], lis
         places.append(Place(name, found))
         right = {"installed": found.installed.before, "candidate": found.installed.after}
         office.events.add("examined", round=number, clinic=name, rows=found.rows, right=right)
-    silent += [{"name": name, "reason": "no reply before the deadline"} for name in sorted(waiting.values())]
+    silent += [{"name": name, "reason": SILENT} for name in sorted(waiting.values())]
     if office.settings.gate_data:
         own = gate_data.examine(office.settings, current(office), folder)
         places.append(Place("server", own))
@@ -103,9 +103,9 @@ def examine(office: Office, folder: Path, number: int) -> tuple[list[Place], lis
 def conclude(office: Office, folder: Path, record: dict[str, Any]) -> Path | None:
     """Move a candidate where it belongs, with its signed passport; its folder, None when it was refused."""
     refused = record["verdict"] == "refused"
-    issued = [] if refused else history(office)
+    earlier = [] if refused else history(office)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    last = max((row["serial"] for row in issued), default=0)
+    last = max((row["serial"] for row in earlier), default=0)
     record = {**record, "issued_at": now, "serial": 0 if refused else max(last + 1, int(time.time()))}
     key = office.settings.signing_key
     passport.write(folder, passport.sign(record, signing.load(Path(key)) if key and not refused else None))
@@ -116,7 +116,7 @@ def conclude(office: Office, folder: Path, record: dict[str, Any]) -> Path | Non
         return None
     shutil.rmtree(office.root / "refused" / folder.name, ignore_errors=True)  # examined anew, and no longer so
     names = ("serial", "round", "adapter_sha256", "issued_at", "kind", "verdict")
-    rows = [*issued, {**{name: record[name] for name in names}, "brought": False}]
+    rows = [*earlier, {**{name: record[name] for name in names}, "brought": False}]
     write_atomic(office.releases / ISSUED, (json.dumps(rows, indent=1) + "\n").encode())
     return target
 
@@ -139,17 +139,18 @@ def bring(office: Office, folder: Path, record: Mapping[str, Any]) -> None:
         done, words = (False, str(reply)) if isinstance(reply, Exception) else release.verdict(reply)
         office.events.add("installed" if done else "not-installed", clinic=clinics[node], detail=words)
     for name in sorted(waiting.values()):
-        office.events.add("not-installed", clinic=name, detail="no reply before the deadline")
+        office.events.add("not-installed", clinic=name, detail=SILENT)
     rows = history(office)
     if clinics and rows:
         rows[-1] = {**rows[-1], "brought": True}
         write_atomic(office.releases / ISSUED, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def _once(office: Office, now: RoundCheckpoint, row: Mapping[str, Any]) -> None:
+def _once(office: Office, candidate: Path, now: RoundCheckpoint, row: Mapping[str, Any]) -> None:
     """An adapter is not released twice, but brought again where a crash came before the clinics had it."""
-    folder = office.releases / f"round-{row['round']:05d}"
-    if row == history(office)[-1] and not row.get("brought", True) and office.clinics():
+    shutil.rmtree(candidate)
+    folder = current(office)
+    if folder and row == history(office)[-1] and not row.get("brought", True) and office.clinics():
         bring(office, folder, passport.read((folder / passport.FILE).read_text(encoding="utf-8"))[0])
         return
     reason = f"this adapter was released after round {row['round']} already, and no round has changed it since"
@@ -161,14 +162,14 @@ def release_now(office: Office, now: RoundCheckpoint) -> None:
     if now.updates == 0:
         office.events.add("not-released", round=now.round, reason="no round has changed the factors yet")
         return
-    known = issued_before(office, now)
+    folder = release.build(office.root, now, "candidates")
+    known = issued(office, adapters.sha256(folder))
     if known and (known["verdict"] == "passed" or office.settings.gate == "off"):
-        _once(office, now, known)
+        _once(office, folder, now, known)
         return
-    folder, record = examined_candidate(office, now)
+    record = examined(office, folder, now)
     if known and record["verdict"] == "not examined":
-        shutil.rmtree(folder)
-        _once(office, now, known)
+        _once(office, folder, now, known)
         return
     if (
         record["verdict"] == "not examined"
@@ -190,18 +191,18 @@ def rollback(office: Office, to: int) -> None:
     Raises SettingsRejected when there is none.
     """
     start = time.monotonic()
-    issued = history(office)
-    rounds = sorted({int(row["round"]) for row in issued})
-    now = int(issued[-1]["round"]) if issued else 0
-    earlier = [number for number in rounds if number < now]
-    wanted = (earlier[-1] if earlier else None) if to == -1 else (to if to in rounds else None)
+    rows = history(office)
+    rounds = sorted({int(row["round"]) for row in rows})
+    now = int(rows[-1]["round"]) if rows else 0
+    before = [number for number in rounds if number < now]
+    wanted = (before[-1] if before else None) if to == -1 else (to if to in rounds else None)
     if wanted is None:
         listed = ", ".join(map(str, rounds)) or "none"
         raise SettingsRejected(f"There is no such earlier release in {office.releases}; releases of rounds: {listed}.")
     source = office.releases / f"round-{wanted:05d}"
     settle(source)
     record = passport.read((source / passport.FILE).read_text(encoding="utf-8"))[0]
-    known = [row["adapter_sha256"] for row in issued if row["round"] == wanted]
+    known = [row["adapter_sha256"] for row in rows if row["round"] == wanted]
     if adapters.sha256(source) not in known:
         raise SettingsRejected(f"{source} is not what was released; restore it from a copy or choose another round.")
     folder = office.root / "candidates" / source.name

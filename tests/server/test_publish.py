@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,15 @@ def run(tmp_path: Path, tiny: Path, grid: FakeGrid, **values: object) -> store.R
     chosen = fakes.settings(tmp_path / "rounds", tiny, signing_key=str(key), **values)
     clock = Clock()
     return rounds.federate(grid, chosen, sleep=clock.sleep, clock=clock)
+
+
+@contextmanager
+def crash(monkeypatch: pytest.MonkeyPatch, function: str) -> Iterator[None]:
+    """The run inside ends where it would call this function of publish."""
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, function, lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            yield
 
 
 def happened(tmp_path: Path, kind: str) -> list[dict]:
@@ -131,10 +142,8 @@ def test_a_refusal_stays_when_nobody_can_examine_again(tmp_path: Path, tiny: Pat
 def test_a_release_that_a_crash_left_out_is_made_up_for(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(publish, "release_now", lambda *_: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
-            run(tmp_path, tiny, Clinics({}), num_server_rounds=4, release_every=2)
+    with crash(monkeypatch, "release_now"):
+        run(tmp_path, tiny, Clinics({}), num_server_rounds=4, release_every=2)
     run(tmp_path, tiny, Clinics({}), num_server_rounds=4, release_every=2)
     assert issued(tmp_path) == [(2, "release"), (4, "release")]
 
@@ -261,10 +270,8 @@ def last_word(tmp_path: Path) -> str:
 def test_a_release_that_a_crash_kept_from_the_clinics_is_brought_again(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(publish, "bring", lambda *_: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
-            run(tmp_path, tiny, Clinics({}), num_server_rounds=2)
+    with crash(monkeypatch, "bring"):
+        run(tmp_path, tiny, Clinics({}), num_server_rounds=2)
     grid = Clinics({})
     run(tmp_path, tiny, grid, num_server_rounds=2)
     assert issued(tmp_path) == [(2, "release")] and len(happened(tmp_path, "installed")) == 3
