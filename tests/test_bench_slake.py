@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.data import Sample
-from scripts.benches import slake, slake_case, slake_lies, slake_runs, slake_table
+from scripts.benches import slake, slake_case, slake_clinics, slake_lies, slake_runs, slake_table
 from server.strategy import norm_cap
 
 REACH = 0.05
@@ -57,7 +57,7 @@ def test_wrong_labels_are_the_same_answers_to_other_questions() -> None:
 def test_a_case_that_fails_stops_no_other_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def start(case: slake_case.Case, gpu: str | None) -> "subprocess.Popen[bytes]":
+    def start(case: slake_case.Case, gpu: str | None, *_: str) -> "subprocess.Popen[bytes]":
         asked.append(gpu)
         work = (
             "raise SystemExit(1)"
@@ -116,8 +116,8 @@ def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
             raise KeyboardInterrupt
         return {n: a + np.float32(0.3 + 0.01 * asked[-1]) if n[-8] in factor else a for n, a in state.items()}
 
-    monkeypatch.setattr(slake_case, "one", one)
-    monkeypatch.setattr(slake_case, "prepare", lambda *_: None)
+    monkeypatch.setattr(slake_clinics, "one", one)
+    monkeypatch.setattr(slake_clinics, "prepare", lambda *_: None)
     blank = np.zeros((4, 4, 3), np.uint8)
     clinics = {n: [Sample(n, blank, "q", "a", "open", n, "slake")] for n in ("ct", "mri", "xray")}
     case = slake_case.Case("alternating", "modality", 1, "", "", str(tmp_path / "case.json"), ROUNDS)
@@ -155,7 +155,7 @@ def test_pooled_training_takes_the_steps_of_one_clinic_and_the_examples_of_all(
         asked.append((case.settings["batch"], len(mine), steps))
         return {}
 
-    monkeypatch.setattr(slake_case, "one", one)
+    monkeypatch.setattr(slake_clinics, "one", one)
     monkeypatch.setattr(adapters, "initial", lambda *_: {})
     blank = np.zeros((4, 4, 3), np.uint8)
     meta = [{"modality": name} for name in ("CT", "MRI", "MRI", "X-Ray")]
@@ -167,3 +167,20 @@ def test_pooled_training_takes_the_steps_of_one_clinic_and_the_examples_of_all(
         slake_case.train(case, samples)
         slake_case.train(case, samples)  # kept: not done again
     assert asked == [(15, 4, 6), (5, 4, 6), (5, 2, 6)]
+
+
+def test_clinics_side_by_side_send_what_they_send_one_after_the_other(tiny: Path, tmp_path: Path) -> None:
+    from model import adapters, phantoms
+
+    mine = phantoms.make(4, ["plain"], seed=1, size=48)
+    clinics = {"ct": mine[:4], "mri": mine[4:]}
+    state = adapters.initial(tiny, 2, 4.0, "decoder", 0)
+    own = {**ROUNDS, "rank": 2, "rounds": 1, "steps": 1, "batch": 2, "mu": 0.0, "lie": "turned"}
+    case = slake_case.Case("alternating", "modality", 1, str(tiny), "", str(tmp_path / "case.json"), own)
+    replies = []
+    for side_by_side in (False, True):
+        with slake_clinics.Clinics(case, clinics, state, side_by_side) as both:
+            replies.append(both.answers(state, 0))
+    for alone, beside in zip(*replies, strict=True):
+        assert alone.keys() == beside.keys() and all(np.allclose(alone[n], beside[n], atol=1e-6) for n in alone)
+    assert any(not np.array_equal(replies[0][0][n], replies[0][1][n]) for n in replies[0][0])

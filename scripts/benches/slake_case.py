@@ -1,6 +1,6 @@
 """One case of `scripts/bench slake` in a process of its own: trains an adapter as asked and answers the test questions.
 
-    python -m scripts.benches.slake_case CASE.json
+    python -m scripts.benches.slake_case CASE.json [--side-by-side]
 
 The clinics' own trainer and the server's own aggregation, values rounded as on the wire, without the link between
 them (`scripts/demo` has that). Writes what was answered right into the file that the case names.
@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def clinic_of(sample: Sample, split: str) -> str:
     return next(name for name, values in clinics.items() if sample.meta.get(key) in values)
 
 
-def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
+def train(case: Case, samples: Sequence[Sample], side_by_side: bool = False) -> tuple[Any, dict[str, Any]]:
     """The adapter that the case asks for, and how much a clinic sent in a round."""
     from model import adapters, wire
 
@@ -101,7 +101,7 @@ def train(case: Case, samples: Sequence[Sample]) -> tuple[Any, dict[str, Any]]:
     if case.what not in MODES:
         mine = samples if case.what in ("pooled", "brief") else clinics[case.what.removeprefix("local ")]
         return alone(case, mine, state, s["rounds"] * s["steps"]), {}
-    return federate(case, clinics, wire.rounded(state))
+    return federate(case, clinics, wire.rounded(state), side_by_side)
 
 
 @dataclass
@@ -116,52 +116,34 @@ class Done:
 
 def alone(case: Case, samples: Sequence[Sample], state: Any, steps: int) -> Any:
     """Both factors in one training without rounds."""
+    from scripts.benches import slake_clinics
+
     done = resumed(case, state)
     if not done.sent:
-        done = Done(one(case, samples, state, "AB", steps, case.seed), [0.0], [0.0])
+        done = Done(slake_clinics.one(case, samples, state, "AB", steps, case.seed), [0.0], [0.0])
         keep(case, done)
     return done.state
 
 
-def federate(case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any) -> tuple[Any, dict[str, Any]]:
+def federate(
+    case: Case, clinics: Mapping[str, Sequence[Sample]], state: Any, side_by_side: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Rounds of the case's aggregation; patients are counted, shares are capped, as on the server."""
     from model import wire
-    from scripts.benches import slake_lies
+    from scripts.benches.slake_clinics import Clinics
     from server import aggregate
 
     s, done = case.settings, resumed(case, state)
     patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
-    lies = [s.get("lie", "")] + [""] * (len(clinics) - 1)
-    rows_of = [slake_lies.samples(lie, mine, case.seed) for lie, mine in zip(lies, clinics.values(), strict=True)]
-    prepared = [prepare(case, mine, state) for mine in rows_of]
-    for number in range(len(done.sent), s["rounds"]):
-        before = wire.rounded(done.state)
-        factor = aggregate.factors_of_round(case.what, number)
-        replies = [
-            answer(case, mine, before, number, lie, ready)
-            for mine, ready, lie in zip(rows_of, prepared, lies, strict=True)
-        ]
-        together(done, case, before, replies, patients)
-        done.sent.append(wire.packed_bytes(replies[0], factor))
-        keep(case, done)
+    with Clinics(case, clinics, state, side_by_side) as all_of_them:
+        for number in range(len(done.sent), s["rounds"]):
+            before = wire.rounded(done.state)
+            replies = all_of_them.answers(before, number)
+            together(done, case, before, replies, patients)
+            done.sent.append(wire.packed_bytes(replies[0], aggregate.factors_of_round(case.what, number)))
+            keep(case, done)
     facts = {"bytes_up": sum(done.sent) / len(done.sent), "distance": sum(done.errors) / len(done.errors)}
     return wire.rounded(done.state), facts | ({"aside": done.aside} if s.get("aside") else {})
-
-
-def answer(case: Case, mine: Sequence[Sample], before: Any, number: int, lie: str, ready: Any) -> Any:
-    """What a clinic sends in the round after `number` others."""
-    from model import adapters, wire
-    from scripts.benches import slake_lies
-    from server.aggregate import factors_of_round
-    from server.strategy import rate_of_round
-
-    s, seed = case.settings, 1000 * case.seed + number
-    factor = factors_of_round(case.what, number)
-    lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
-    now, reach = replace(case, settings={**s, "lr": lr}), lr * s["steps"] * (s["lr_ratio"] if factor == "B" else 1)
-    after = one(now, mine, before, factor, s["steps"], seed, ready)
-    reply = {n: a for n, a in after.items() if adapters.factor(n) in factor}
-    return wire.rounded(slake_lies.reply(lie, reply, before, reach, seed))
 
 
 def together(done: Done, case: Case, before: Any, replies: Sequence[Any], patients: Sequence[int]) -> None:
@@ -206,30 +188,7 @@ def resumed(case: Case, first: Any) -> Done:
         return Done({name: file[name] for name in first}, **rest)
 
 
-def prepare(case: Case, samples: Sequence[Sample], state: Any) -> Any:
-    """What a clinic's training makes ready first, and here only once."""
-    from client import trainer
-
-    return trainer.prepare(samples, Path(case.base), state, trainer.Options(**options(case)))
-
-
-def options(case: Case) -> dict[str, Any]:
-    """Options of the clinics' trainer."""
-    own = {name: case.settings[name] for name in ("lr", "lr_ratio", "batch", "alpha", "mu")}
-    return {**own, "bits": 4, "threads": 1}
-
-
-def one(
-    case: Case, samples: Sequence[Sample], state: Any, factor: str, steps: int, seed: int, prepared: Any = None
-) -> Any:
-    """Train the factors on these samples as a clinic does."""
-    from client import trainer
-
-    how = {**options(case), "seed": seed, "prepared": prepared}
-    return trainer.train(samples, Path(case.base), state, tuple(factor), steps, **how).state
-
-
-def run(case: Case) -> dict[str, Any]:
+def run(case: Case, side_by_side: bool = False) -> dict[str, Any]:
     """Train, answer, and say which questions were answered right."""
     import torch
 
@@ -243,7 +202,7 @@ def run(case: Case) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if case.what != "none":
         try:
-            state, facts = train(case, samples)
+            state, facts = train(case, samples, side_by_side)
         except TrainingFailed as error:
             if not case.tune:
                 raise
@@ -264,7 +223,7 @@ def main(arguments: Sequence[str]) -> None:
     from model.files import write_atomic
 
     case = Case(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
-    write_atomic(Path(case.out), (json.dumps(run(case)) + "\n").encode())
+    write_atomic(Path(case.out), (json.dumps(run(case, "--side-by-side" in arguments)) + "\n").encode())
 
 
 if __name__ == "__main__":

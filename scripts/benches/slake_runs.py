@@ -17,8 +17,11 @@ from tqdm import tqdm
 from scripts.benches.slake_case import Case
 
 
-def run_all(wanted: Sequence[Case], workers: int, minutes: float | None) -> None:
-    """Do what is not done yet, `workers` at a time. Raises ClickException at the end with the cases that failed."""
+def run_all(wanted: Sequence[Case], workers: int, minutes: float | None, *options: str) -> None:
+    """Do what is not done yet, `workers` at a time; `options` are those of `slake_case`.
+
+    Raises ClickException at the end with the cases that failed.
+    """
     end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     waiting = [case for case in wanted if not done(case)]
     running: list[tuple[Case, subprocess.Popen[bytes]]] = []
@@ -28,7 +31,7 @@ def run_all(wanted: Sequence[Case], workers: int, minutes: float | None) -> None
         try:
             while running or (waiting and time.monotonic() < end):
                 while waiting and len(running) < workers and time.monotonic() < end:
-                    running.append((waiting[0], _start(waiting.pop(0), next(gpus))))
+                    running.append((waiting[0], _start(waiting.pop(0), next(gpus), *options)))
                 time.sleep(0.2)
                 for case, child in list(running):
                     if child.poll() is not None:
@@ -67,10 +70,10 @@ def _log(case: Case) -> Path:
     return Path(case.out).with_suffix(".log")
 
 
-def _start(case: Case, gpu: str | None) -> "subprocess.Popen[bytes]":
+def _start(case: Case, gpu: str | None, *options: str) -> "subprocess.Popen[bytes]":
     plan = Path(case.out).with_suffix(".case")
     plan.write_text(json.dumps(asdict(case)), encoding="utf-8")
-    command = [sys.executable, "-m", "scripts.benches.slake_case", str(plan)]
+    command = [sys.executable, "-m", "scripts.benches.slake_case", str(plan), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     with _log(case).open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
