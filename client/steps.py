@@ -13,7 +13,8 @@ from client import memory
 from client.batches import Batches, Group
 from client.courtesy import TimeOver
 
-WARMUP = 0.05  # share of the steps over which the learning rate rises
+WARMUP = 24  # steps over which the learning rate rises: Adam's moments begin anew in every round, as noise
+WARMUP_MOST, WARMUP_LEAST = 0.4, 0.05  # shares of all steps that this may be, in short and in long training
 FLOOR = 0.1  # share of the learning rate that is left at the last step
 CLIP = 1.0  # largest gradient norm of one step; a single odd sample must not throw the factors off
 
@@ -128,7 +129,7 @@ def run(
 
 def rate(step: int, steps: int) -> float:
     """Share of the learning rate at `step`: linear warm-up, then a cosine down to `FLOOR`."""
-    warm = max(1, round(steps * WARMUP))
+    warm = max(1, min(WARMUP, round(steps * WARMUP_MOST)), round(steps * WARMUP_LEAST))
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)

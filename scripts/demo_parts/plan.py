@@ -22,8 +22,8 @@ class Plan:
     out: Path
     data: Path | None = None  # SLAKE's folder; None: phantoms
     kiosk: bool = True
-    rounds: int = 4
-    local_steps: int = 36
+    rounds: int = 6
+    local_steps: int = 24
     rank: int = 16
     alpha: float = 16.0
     targets: str = "decoder+projector"

@@ -154,3 +154,11 @@ def test_a_real_cap_on_memory_is_kept_by_smaller_parts(tiny: Path) -> None:
 def test_a_process_above_the_cap_does_not_begin(tiny: Path, samples: list[Sample], start: adapters.State) -> None:
     with pytest.raises(memory.MemoryShort, match="this clinic allows 1"):
         trainer.train(samples, tiny, start, steps=8, most_mib=1)
+
+
+@pytest.mark.parametrize(("total", "rising"), [(2, 1), (24, 10), (54, 22), (200, 24), (3240, 162)])
+def test_the_rate_rises_while_the_moments_are_noise_and_falls_to_a_floor(total: int, rising: int) -> None:
+    rates = [steps.rate(step, total) for step in range(total)]
+    assert rates[0] == pytest.approx(1 / rising) and rates[rising - 1] == 1
+    assert np.all(np.diff(rates[:rising]) > 0) and np.all(np.diff(rates[rising:]) < 0)
+    assert min(rates[rising:]) >= steps.FLOOR and steps.rate(total, total) == pytest.approx(steps.FLOOR)
