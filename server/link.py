@@ -199,11 +199,13 @@ async def _serve(
     link: Link, listen: tuple[str, int], child: "subprocess.Popen[bytes]", say: Callable[[str], None]
 ) -> None:
     """The proxy, until it is told to stop or the SuperLink has ended."""
+    from server.contacts import Contacts
     from server.guard import Guard
     from server.proxy import FleetProxy, server
 
-    limit = quota.Quota(link.state, link.an_hour, say, lambda key: _clinic(link, key))
-    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt", Guard(link.state), limit)
+    limit = quota.Quota(link.state, link.an_hour, say, lambda key: _clinic(link, key) or "A clinic")
+    heard = Contacts(link.state, lambda key: _clinic(link, key)).heard
+    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt", Guard(link.state), limit, heard)
     web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(web, "should_exit", True))
@@ -222,10 +224,10 @@ async def _serve(
 
 
 def _clinic(link: Link, header: bytes) -> str:
-    """Name of the clinic that sends its key in this header."""
+    """Name of the clinic that sends its key in this header; an empty string for a key of nobody."""
     from server.guard import decoded
 
-    return registry.name_of(link.state, decoded(header) or b"") or "A clinic"
+    return registry.name_of(link.state, decoded(header) or b"")
 
 
 def _wait_until_up(link: Link, child: "subprocess.Popen[bytes]") -> None:

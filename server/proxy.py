@@ -65,11 +65,20 @@ class _Gone(Exception):
 class FleetProxy:
     """An ASGI application that forwards the Fleet calls to `upstream`, for example https://127.0.0.1:8000.
 
-    `guard` refuses revoked keys and signatures that were used before, `quota` more than a clinic may send.
+    `guard` refuses revoked keys and signatures that were used before, `quota` more than a clinic may send; `heard` is
+    told the key of every call that the SuperLink has accepted.
     """
 
-    def __init__(self, upstream: str, ca: Path, guard: Guard | None = None, quota: Quota | None = None) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        ca: Path,
+        guard: Guard | None = None,
+        quota: Quota | None = None,
+        heard: Callable[[bytes], None] = lambda _: None,
+    ) -> None:
         self.upstream, self.guard, self.quota, self.again = upstream.rstrip("/"), guard, quota, Again()
+        self.heard = heard
         self.announcing = asyncio.Lock()  # one announcement at a time: each is one long transaction
         context = ssl.create_default_context(cafile=str(ca))
         limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
@@ -143,6 +152,8 @@ class FleetProxy:
             await got.aclose()
             await asyncio.sleep(seconds)
             got = await self.client.send(request, stream=stream)
+        if got.status_code == 200:
+            self.heard(request.headers.get(KEY.decode(), "").encode())
         return got
 
     async def _stream(self, path: str, key: bytes, request: httpx.Request, send: Send) -> None:

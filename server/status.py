@@ -1,7 +1,8 @@
 """What a federation has done so far, put together from its events and tables: for `afya-server status` and the page.
 
 Only reads, and needs neither a running server nor the rounds' weights. Everything that clinics said arrives here as
-plain text and stays that. Not here: what is going on at this second; the SuperLink knows which nodes are connected.
+plain text and stays that. Not here: what is going on at this second; when a clinic was last heard of is up to half a
+minute old (`server.contacts`).
 """
 
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server import events, guard, quota, registry
+from server import contacts, events, guard, quota, registry
 from server.follow import waiting
 from server.strategy import NOT_GIVEN, SILENT
 
@@ -106,6 +107,9 @@ def read(state: Path, root: Path | None = None) -> Status:
         clinic.revoked = "" if clinic.registered else row["at"]
     for event in events.read(where)[0]:
         reader.take(event)
+    for name, at in contacts.read(state).items():
+        if clinic := reader.clinics.get(name):
+            clinic.last_seen = max(clinic.last_seen, at)
     reader.trouble = quota.full(state) or reader.trouble
     return reader.status()
 

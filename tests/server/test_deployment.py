@@ -14,7 +14,7 @@ import pytest
 from client import node
 from model import adapters, phantoms
 from scripts.federation import Local, family, free_ports
-from server import certs, link, runs
+from server import certs, contacts, link, runs
 from tests.client.clinic import fill
 
 CLINICS = ("north", "south", "west")
@@ -49,6 +49,7 @@ def test_two_rounds_over_tls_with_registered_keys_behind_the_proxy(tmp_path: Pat
         assert all(array.any() for array in state.values())
     assert {"server/superlink", "server/proxy", "server/serverapp", "north/supernode", "west/clientapp"} <= set(peaks)
     assert {event["clinic"] for event in events if event["event"] == "not-examined"} == set(CLINICS)
+    assert set(contacts.read(tmp_path / "out/state")) == set(CLINICS), "the stranger is no contact"
     _nothing_of_the_clinics_left(tmp_path, homes["north"])
 
 

@@ -41,6 +41,7 @@ class Upstream:
     def __init__(self) -> None:
         self.seen: list[tuple[str, bytes, dict[bytes, bytes]]] = []
         self.fails = 0  # how many of the next calls fail
+        self.denies = False  # whether calls are refused as those of a wrong signature are
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body = b""
@@ -51,7 +52,7 @@ class Upstream:
                 break
         self.seen.append((scope["path"], body, dict(scope["headers"])))
         headers = [(b"content-type", b"application/protobuf"), (b"flwr-x", b"1")]
-        self.fails, status = max(0, self.fails - 1), 500 if self.fails else 200
+        self.fails, status = max(0, self.fails - 1), 500 if self.fails else 401 if self.denies else 200
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body[::-1]})
 
@@ -61,6 +62,7 @@ def through(
     talk: Callable[[httpx.AsyncClient, str, Upstream], Awaitable[None]],
     up: bool = True,
     quota: Quota | None = None,
+    heard: Callable[[bytes], None] = lambda _: None,
 ) -> None:
     """Run `talk` with a client in front of the proxy in front of `Upstream`, all on loopback, all over TLS."""
     certs.make(tmp_path / "c", [])
@@ -71,7 +73,7 @@ def through(
         upstream = Upstream()
         config = uvicorn.Config(upstream, port=ports[0], log_level="error", lifespan="off", ws="none", **files)
         behind = uvicorn.Server(config)
-        app = proxy.FleetProxy(f"https://127.0.0.1:{ports[0]}", tmp_path / "c/ca.crt", quota=quota)
+        app = proxy.FleetProxy(f"https://127.0.0.1:{ports[0]}", tmp_path / "c/ca.crt", quota=quota, heard=heard)
         front = proxy.server(app, "127.0.0.1", ports[1], tmp_path / "c/server.pem", tmp_path / "c/server.key")
         servers = [front, behind] if up else [front]
         tasks = [asyncio.create_task(server._serve()) for server in servers]
@@ -100,6 +102,20 @@ def test_a_fleet_call_passes_unchanged(tmp_path: Path) -> None:
         assert b"te" not in arrived and b"proxy-authorization" not in arrived
 
     through(tmp_path, talk)
+
+
+def test_only_calls_that_the_superlink_accepts_are_a_sign_of_life(tmp_path: Path) -> None:
+    told: list[bytes] = []
+
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        for call in ("pull-messages", "get-run", "send-node-heartbeat"):
+            await client.post(f"{base}/v1/fleet/{call}", content=b"x", headers={"flwr-public-key": call})
+        upstream.denies = True
+        await client.post(f"{base}/v1/fleet/pull-messages", content=b"y", headers={"flwr-public-key": "impostor"})
+        await client.post(f"{base}/v1/control/start-run", content=b"y", headers={"flwr-public-key": "impostor"})
+
+    through(tmp_path, talk, heard=told.append)
+    assert told == [b"pull-messages", b"get-run", b"send-node-heartbeat"]
 
 
 def test_everything_else_is_refused_and_never_arrives(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_the_coordinator_is_told_which_clinic_sends_too_much(tmp_path: Path) -> 
     assert registry.name_of(tmp_path, pem) == "north" and registry.name_of(tmp_path, b"nonsense") == ""
     said: list[str] = []
     place = link.Link(tmp_path / "c", tmp_path)
-    door = Quota(tmp_path, 1 << 30, said.append, lambda key: link._clinic(place, key), Clock())
+    door = Quota(tmp_path, 1 << 30, said.append, lambda key: link._clinic(place, key) or "A clinic", Clock())
     header = base64.b64encode(pem)
     door.spend(PUSH, header, 2 << 30)
     for _ in range(5):

@@ -16,7 +16,7 @@ from streamlit.testing.v1 import AppTest
 
 from kiosk import cli as kiosk_cli
 from scripts.federation import free_ports
-from server import events, guard, registry, status, status_cli
+from server import contacts, events, guard, registry, status, status_cli
 from server.cli import main
 
 PAGE = Path(status_cli.__file__).with_name("page.py")
@@ -94,6 +94,26 @@ def test_a_clinic_that_is_silent_was_not_seen(state: Path) -> None:
     log.add("rejected", round=3, clinic="harbour", reason=status.SILENT)
     after = {clinic.name: clinic.last_seen for clinic in status.read(state).clinics}
     assert after["harbour"] == before["harbour"]
+
+
+def test_a_clinic_without_a_round_is_seen_when_its_node_calls(state: Path) -> None:
+    registry.remember(state, "newcomer", "key of newcomer", "9")
+    clock = [0.0]
+    heard = contacts.Contacts(state, lambda key: {b"k": "newcomer", b"l": "lakeside"}.get(key, ""), lambda: clock[0])
+    heard.heard(b"nobody's")
+    assert not (state / contacts.FILE).exists()
+    assert "newcomer: never seen" in CliRunner().invoke(main, ["status", "--state", str(state)]).output
+    heard.heard(b"k")
+    first = contacts.read(state)
+    heard.heard(b"k")
+    assert contacts.read(state) == first, "the table was written a moment ago"
+    clock[0] = contacts.EVERY
+    heard.heard(b"l")
+    found = {clinic.name: clinic.last_seen for clinic in status.read(state).clinics}
+    assert found["newcomer"] >= first["newcomer"] and found["lakeside"] == contacts.read(state)["lakeside"]
+    assert "newcomer: last seen 20" in CliRunner().invoke(main, ["status", "--state", str(state)]).output
+    (state / contacts.FILE).write_text("not json", encoding="utf-8")
+    assert status.read(state).clinics and contacts.Contacts(state, lambda _: "x").name(b"") == "x"
 
 
 def test_the_command_says_it_and_so_does_json(state: Path) -> None:
