@@ -46,11 +46,15 @@ def take(home: Path, path: Path, now: datetime.datetime | None = None) -> dict[s
 
 
 def give(home: Path, path: Path) -> str:
-    """Write the last reply to `path`; returns which round it answers. Raises BundleRejected when there is none."""
+    """Write the last reply to `path`; returns which round it answers.
+
+    Raises BundleRejected when there is none, and for a `path` that is something else.
+    """
     try:
         data = (home / FOLDER / REPLY).read_bytes()
     except FileNotFoundError as error:
         raise BundleRejected("There is no answer yet; run `afya-client import-round FILE` first.") from error
+    bundle.keep_others(path, "reply", bundle.entry_of(data, "key"))
     bundle.copy(path, data)
     return bundle.entry_of(data, "round")
 

@@ -75,6 +75,18 @@ def entry_of(data: bytes, entry: str) -> str:
     return str(json.loads(data[len(MARK) :].split(b"\n", 1)[0])["record"].get(entry, ""))
 
 
+def keep_others(path: Path, kind: str, key: str = "") -> None:
+    """Raise BundleRejected where `path` is a file already, but none of this kind and of the clinic with this `key`."""
+    if not os.path.lexists(path):
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with open(path if path.is_file() else os.devnull, "rb") as source:
+            head = json.loads(source.readline(MAX_LINE)) if source.read(len(MARK)) == MARK else {}
+        if head["kind"] == kind and head["record"].get("key", "") == key:
+            return
+    raise BundleRejected(f"{path} is there already and is something else; choose another name.")
+
+
 def copy(path: Path, data: bytes) -> None:
     """Put bytes on a stick so that a pulled plug leaves the old file or the new one. Sets no modes: FAT has none.
 

@@ -108,8 +108,8 @@ def read(state: Path, root: Path | None = None) -> Status:
     for event in events.read(where)[0]:
         reader.take(event)
     for name, at in contacts.read(state).items():
-        if clinic := reader.clinics.get(name):
-            clinic.last_seen = max(clinic.last_seen, at)
+        if name in reader.clinics:
+            reader.clinic(name).last_seen = max(reader.clinic(name).last_seen, at)
     reader.trouble = quota.full(state) or reader.trouble
     return reader.status()
 

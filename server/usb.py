@@ -53,8 +53,9 @@ def issue(link: Link, settings: Settings, path: Path) -> tuple[int, bool]:
     than a file of this round that was written before.
 
     Replies to the file before are refused then; a clinic that has answered it answers this one, too. Raises
-    SettingsRejected, CertsError.
+    SettingsRejected, CertsError, BundleRejected.
     """
+    bundle.keep_others(path, "round")
     run = rounds.Federation(Stick(_clinics(link)), settings)
     ask = run.next_ask()
     key = signing.load(signing.signing_key(link.certs))

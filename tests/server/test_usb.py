@@ -166,6 +166,7 @@ def test_a_key_of_nobody_and_a_revoked_key_are_refused(side: Coordinator, tmp_pa
     stranger = side.homes["north"]
     shutil.copy(tmp_path / "elsewhere/clinics/north/node.key", stranger / "federation/node.key")
     shutil.rmtree(stranger / "rounds")
+    replies[0].unlink()  # another key's file would not be written over
     with pytest.raises(BundleRejected, match="a key that no clinic of this federation has"):
         side.take(side.reply("north", file), *replies[1:])
     members.revoke(side.link, "south")
@@ -201,7 +202,14 @@ def test_the_commands_say_what_they_did_and_refuse_in_one_sentence(
     assert code == 0 and "Round 1: 8 steps" in text
     code, text = call(client_cli.main, "import-round", tmp_path / "r.afya")
     assert code == 1 and "has answered round 1 already" in text and "Traceback" not in text
-    assert call(client_cli.main, "export-round", tmp_path / "a.afya")[0] == 0
+    for _ in range(2):
+        assert call(client_cli.main, "export-round", tmp_path / "a.afya")[0] == 0
+    before = (tmp_path / "r.afya").read_bytes()
+    code, text = call(client_cli.main, "export-round", tmp_path / "r.afya")
+    assert code == 1 and "is there already and is something else" in text
+    code, text = call(server_cli.main, "export-round", tmp_path / "a.afya", *place, *sets)
+    assert code == 1 and "is there already and is something else" in text
+    assert (tmp_path / "r.afya").read_bytes() == before
     code, text = call(server_cli.main, "import-round", tmp_path / "a.afya", *place)
     assert code == 0 and "1 of 3 replies aggregated" in text
     code, text = call(server_cli.main, "import-round", tmp_path / "a.afya", *place)
