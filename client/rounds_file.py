@@ -54,7 +54,7 @@ def give(home: Path, path: Path) -> str:
         data = (home / FOLDER / REPLY).read_bytes()
     except FileNotFoundError as error:
         raise BundleRejected("There is no answer yet; run `afya-client import-round FILE` first.") from error
-    bundle.keep_others(path, "reply", bundle.entry_of(data, "key"))
+    bundle.check_replaceable(path, "reply", bundle.entry_of(data, "key"))
     bundle.copy(path, data)
     return bundle.entry_of(data, "round")
 

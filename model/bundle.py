@@ -75,7 +75,7 @@ def entry_of(data: bytes, entry: str) -> str:
     return str(json.loads(data[len(MARK) :].split(b"\n", 1)[0])["record"].get(entry, ""))
 
 
-def keep_others(path: Path, kind: str, key: str = "") -> None:
+def check_replaceable(path: Path, kind: str, key: str = "") -> None:
     """Raise BundleRejected where `path` is a file already, but none of this kind and of the clinic with this `key`."""
     if not os.path.lexists(path):
         return

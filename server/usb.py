@@ -55,7 +55,7 @@ def issue(link: Link, settings: Settings, path: Path) -> tuple[int, bool]:
     Replies to the file before are refused then; a clinic that has answered it answers this one, too. Raises
     SettingsRejected, CertsError, BundleRejected.
     """
-    bundle.keep_others(path, "round")
+    bundle.check_replaceable(path, "round")
     run = rounds.Federation(Stick(_clinics(link)), settings)
     ask = run.next_ask()
     key = signing.load(signing.signing_key(link.certs))

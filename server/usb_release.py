@@ -23,7 +23,7 @@ def send(link: Link, root: Path, path: Path) -> Path:
 
     Raises BundleRejected when there is none, SettingsRejected, CertsError.
     """
-    bundle.keep_others(path, "release")
+    bundle.check_replaceable(path, "release")
     now, _ = store.latest(root)
     if now is None:
         raise BundleRejected(f"{root} holds no rounds, so there is nothing to release.")

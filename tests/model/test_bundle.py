@@ -93,15 +93,15 @@ def test_a_line_that_claims_the_impossible_is_refused_even_with_a_signature(tmp_
 
 def test_only_a_file_of_the_same_kind_and_clinic_is_written_over(tmp_path: Path) -> None:
     path = made(tmp_path)
-    bundle.keep_others(tmp_path / "new", "round")
-    bundle.keep_others(path, "round")
+    bundle.check_replaceable(tmp_path / "new", "round")
+    bundle.check_replaceable(path, "round")
     (tmp_path / "letter.txt").write_text("Dear colleague")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     others = [(path, "reply", ""), (path, "round", "key"), (tmp_path, "round", "")]
     others += [(tmp_path / name, "round", "") for name in ("letter.txt", "nowhere")]
     for place, kind, key in others:
         with pytest.raises(BundleRejected, match="is there already and is something else; choose another name"):
-            bundle.keep_others(place, kind, key)
+            bundle.check_replaceable(place, kind, key)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

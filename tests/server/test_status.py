@@ -113,7 +113,9 @@ def test_a_clinic_without_a_round_is_seen_when_its_node_calls(state: Path) -> No
     assert found["newcomer"] >= first["newcomer"] and found["lakeside"] == contacts.read(state)["lakeside"]
     assert "newcomer: last seen 20" in CliRunner().invoke(main, ["status", "--state", str(state)]).output
     (state / contacts.FILE).write_text("not json", encoding="utf-8")
-    assert status.read(state).clinics and contacts.Contacts(state, lambda _: "x").name(b"") == "x"
+    assert status.read(state).clinics
+    contacts.Contacts(state, lambda _: "newcomer").heard(b"k")
+    assert set(contacts.read(state)) == {"newcomer"}, "a damaged table is made anew"
 
 
 def test_the_command_says_it_and_so_does_json(state: Path) -> None:
