@@ -7,6 +7,7 @@ candidate is good enough (`server.candidate`) and the order of things (`server.p
 
 import json
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from model import adapters, exam_counts, passport, wire
 from model.exam_counts import Counts, CountsWrong
 from model.files import write_atomic
+from server import checkpoint as store
+from server.aggregate import weighted_mean
 from server.checkpoint import RoundCheckpoint
 from server.strategy import plain
 
@@ -48,11 +51,32 @@ def _mean(row: dict[str, Any], key: str) -> float | None:
     return sum(w * v for w, v in known) / sum(w for w, _ in known) if known else None
 
 
-def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER) -> Path:
-    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`, rounded to what travels; returns it."""
+def averaged(root: Path, checkpoint: RoundCheckpoint, count: int) -> tuple[adapters.State, list[int]]:
+    """Mean of the factors after the last `count` rounds that changed them, and the numbers of these rounds.
+
+    Latest weight averaging (Kaddour 2022, arXiv:2209.14981). What is no longer on the disk, damaged or of another
+    adapter is left out; where nothing is left it is the checkpoint's own state.
+    """
+    like = (checkpoint.spec, checkpoint.round)
+    rounds = (c for c in store.sound(root) if c.changed and c.round <= like[1] and c.spec == like[0])
+    last = list(islice(rounds, count)) if count > 1 else []
+    if not last:
+        return checkpoint.state, [checkpoint.round]
+    equal = [1 / len(last)] * len(last)
+    mean = {n: weighted_mean([c.state[n] for c in last], equal) for n in checkpoint.state}
+    return {n: mean[n].astype(a.dtype) for n, a in checkpoint.state.items()}, [c.round for c in last]
+
+
+def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER, average: int = 1) -> Path:
+    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`, rounded to what travels; returns it.
+
+    With `average` above 1 it is the mean of that many last rounds (`averaged`); release.json then names them.
+    """
     folder = root / place / f"round-{checkpoint.round:05d}"
-    adapters.save(folder, wire.rounded(checkpoint.state), checkpoint.spec)
+    state, rounds = averaged(root, checkpoint, average)
+    adapters.save(folder, wire.rounded(state), checkpoint.spec)
     record = {**evidence(checkpoint), "sha256": adapters.sha256(folder)}
+    record |= {"averaged": rounds} if len(rounds) > 1 else {}
     write_atomic(folder / adapters.RELEASE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     return folder
 
