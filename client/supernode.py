@@ -1,5 +1,7 @@
 """Flower's SuperNode with the patience that a clinic's line needs: what `flower-supernode` is, with two things changed.
 
+And it says in a sentence that the server no longer accepts the clinic's key, where Flower just ends.
+
 Flower 1.41 sends a call again without end when a connection breaks, except when the error names TLS; a line that is
 cut or silent while TLS greets does, and then the SuperNode throws the message away or ends. Here only a certificate
 that cannot be believed is a reason to give up. And a clinic counts as gone, with its round lost, after a minute
@@ -9,12 +11,16 @@ such a line and sent one by one, which Flower's environment sets (`client.node`)
 (`server.again`).
 """
 
+import functools
 import sys
 from importlib.metadata import version
 from typing import Any
 
 FLWR = "1.41.0"  # the version whose names are replaced here
 AWAY_SECONDS = 180  # how long a line may be down in the middle of a round
+REFUSED = (
+    "The server does not accept this clinic's key any more, so taking part ends here; afya-client doctor says why."
+)
 
 
 def patient(invoker: Any) -> Any:
@@ -26,10 +32,18 @@ def patient(invoker: Any) -> Any:
     def gives_up(error: Exception) -> bool:
         if isinstance(error, httpx.TransportError):
             return "certificate" in str(error).lower()
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+            _say_refused()
         return flowers(error)
 
     invoker.should_giveup = gives_up
     return invoker
+
+
+@functools.cache
+def _say_refused() -> None:
+    """Say it once, whichever of the calls learns of it first."""
+    print(REFUSED, file=sys.stderr, flush=True)
 
 
 def mend() -> None:

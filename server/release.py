@@ -57,14 +57,18 @@ def averaged(root: Path, checkpoint: RoundCheckpoint, count: int) -> tuple[adapt
     Latest weight averaging (Kaddour 2022, arXiv:2209.14981). What is no longer on the disk, damaged or of another
     adapter is left out; where nothing is left it is the checkpoint's own state.
     """
-    like = (checkpoint.spec, checkpoint.round)
-    rounds = (c for c in store.sound(root) if c.changed and c.round <= like[1] and c.spec == like[0])
-    last = list(islice(rounds, count)) if count > 1 else []
+
+    def belongs(other: RoundCheckpoint) -> bool:
+        return other.changed and other.round <= checkpoint.round and other.spec == checkpoint.spec
+
+    last = list(islice(filter(belongs, store.sound(root)), count)) if count > 1 else []
     if not last:
         return checkpoint.state, [checkpoint.round]
-    equal = [1 / len(last)] * len(last)
-    mean = {n: weighted_mean([c.state[n] for c in last], equal) for n in checkpoint.state}
-    return {n: mean[n].astype(a.dtype) for n, a in checkpoint.state.items()}, [c.round for c in last]
+    state = {}
+    for name, array in checkpoint.state.items():
+        mean = weighted_mean([other.state[name] for other in last], [1 / len(last)] * len(last))
+        state[name] = mean.astype(array.dtype)
+    return state, [other.round for other in last]
 
 
 def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER, average: int = 1) -> Path:

@@ -22,7 +22,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, Regis
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest, SendNodeHeartbeatResponse
 from flwr.proto.node_pb2 import Node
 
-from client import doctor, invitation, node
+from client import doctor, invitation, node, supernode
 from client.cli import main as client_main
 from scripts.federation import Local, family, free_ports, program
 from server import admission, certs, guard, link, members, registry
@@ -215,6 +215,7 @@ def test_a_revoked_clinic_that_takes_part_is_thrown_out(running: Server, tmp_pat
         assert members.revoke(side, "west")
         assert (running.certs / "revoked").is_dir()
         assert child.wait(60) is not None
+        assert (tmp_path / "west.log").read_text().count(supernode.REFUSED) == 1
         assert admission.register_all(side) == []
     finally:
         for process in family(child.pid):
