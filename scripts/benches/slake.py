@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from scripts.benches import slake_runs, slake_table
+from scripts.benches import slake_runs, slake_table, slake_together
 from scripts.benches.slake_case import SPLITS, Case
 from server.aggregate import MODES
 
@@ -49,6 +49,7 @@ Rate = dict[str, float]  # lr of the factors A, lr_ratio of B's to it, lr_final 
     help="Cases at a time, one core each.",
 )
 @click.option("--side-by-side", is_flag=True, help="Clinics of a case train at the same time, a core each.")
+@click.option("--together", is_flag=True, help="Train a way's cases in one process: for one GPU, small models.")
 @click.option("--only", default="", help="Ways of training, by commas (pooled,alternating,local); else every one.")
 @click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
 def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: float | None, **chosen: Any) -> None:
@@ -61,6 +62,8 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     rates, given = rates_of(chosen["rates"])
     tried = list(tuning(*places, settings, [way for way in ways if way not in given], rates)) if len(rates) > 1 else []
     how = ("--side-by-side",) if chosen["side_by_side"] else ()
+    if chosen["together"]:
+        slake_together.train_all(tried)
     slake_runs.run_all(tried, workers, minutes, *how)
     scores = scored(tried)
     best = {way: max(rates, key=lambda rate: scores[way][named(rate)]) for way in scores}
@@ -68,6 +71,8 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     if lacking := [way for way in ways if not own[way]]:
         raise click.BadParameter(f"--rates says nothing about {lacking[0]}; add {lacking[0]}=LR, or one for all ways.")
     wanted = [case for case in cases(*places, seeds, settings, own) if case.what.split()[0] in ("none", *only)]
+    if chosen["together"]:
+        slake_together.train_all(wanted)
     slake_runs.run_all(wanted, workers, None if minutes is None else minutes - (time.monotonic() - began) / 60, *how)
     report = {"tried": scores, **slake_table.summary(wanted, settings)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -96,13 +96,21 @@ def train(case: Case, samples: Sequence[Sample], side_by_side: bool = False) -> 
 
     s = case.settings
     state = adapters.initial(Path(case.base), s["rank"], s["alpha"], s["targets"], case.seed)
+    clinics = samples_of(case, samples)
+    if case.what not in MODES:
+        (mine,) = clinics.values()
+        return alone(case, mine, state, s["rounds"] * s["steps"]), {}
+    return federate(case, clinics, wire.rounded(state), side_by_side)
+
+
+def samples_of(case: Case, samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """Who trains on which samples: the clinics of a federation, or the one that is alone or has everything."""
+    if case.what in ("pooled", "brief"):
+        return {case.what: list(samples)}
     clinics: dict[str, list[Sample]] = {name: [] for name in names(case.split)}
     for sample in samples:
         clinics[clinic_of(sample, case.split)].append(sample)
-    if case.what not in MODES:
-        mine = samples if case.what in ("pooled", "brief") else clinics[case.what.removeprefix("local ")]
-        return alone(case, mine, state, s["rounds"] * s["steps"]), {}
-    return federate(case, clinics, wire.rounded(state), side_by_side)
+    return clinics if case.what in MODES else {case.what: clinics[case.what.removeprefix("local ")]}
 
 
 @dataclass
@@ -136,21 +144,29 @@ def federate(
     """Rounds of the case's aggregation; patients are counted, shares are capped, as on the server."""
     from model import wire
     from scripts.benches.slake_clinics import Clinics
-    from server import aggregate
 
     s, done = case.settings, resumed(case, state)
-    patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
     with Clinics(case, clinics, state, side_by_side) as all_of_them:
         for number in range(len(done.sent), s["rounds"]):
             before = wire.rounded(done.state)
-            replies = all_of_them.answers(before, number)
-            together(done, case, before, replies, patients)
-            done.sent.append(wire.packed_bytes(replies[0], aggregate.factors_of_round(case.what, number)))
-            done.last = [*done.last, done.state][-s.get("average", 1) :]
-            keep(case, done)
+            conclude(done, case, before, all_of_them.answers(before, number), clinics)
     facts = {"bytes_up": sum(done.sent) / len(done.sent), "distance": sum(done.errors) / len(done.errors)}
     mean = {name: np.mean([state[name] for state in done.last or [done.state]], axis=0) for name in done.state}
     return wire.rounded(mean), facts | ({"aside": done.aside} if s.get("aside") else {})
+
+
+def conclude(
+    done: Done, case: Case, before: Any, replies: Sequence[Any], clinics: Mapping[str, Sequence[Sample]]
+) -> None:
+    """Put the replies of the next round together and write down where the case is."""
+    from model import wire
+    from server import aggregate
+
+    patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
+    together(done, case, before, replies, patients)
+    done.sent.append(wire.packed_bytes(replies[0], aggregate.factors_of_round(case.what, len(done.sent))))
+    done.last = [*done.last, done.state][-case.settings.get("average", 1) :]
+    keep(case, done)
 
 
 def together(done: Done, case: Case, before: Any, replies: Sequence[Any], patients: Sequence[int]) -> None:
