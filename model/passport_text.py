@@ -26,8 +26,6 @@ def _lines(record: Mapping[str, Any], signed: bool) -> Iterator[str]:
     yield _row("Adapter", f"sha256 {record.get('adapter_sha256')}")
     yield _row("For the base", f"sha256 {record.get('base_sha256')}")
     yield _row("Contributed", ", ".join(map(str, _list(record, "contributed"))) or "nobody")
-    if averaged := _list(record, "averaged"):
-        yield _row("Mean of", f"the factors after rounds {', '.join(map(str, sorted(averaged, key=str)))}")
     yield _row("Signature", "in passport.json" if signed else "none: nobody vouches for this adapter")
     parts = {"Rules": _rules, "Where it was examined": _places, "Not counted": _silent}
     for title, rows in parts.items():

@@ -11,7 +11,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,13 +97,6 @@ def latest(root: Path) -> tuple[RoundCheckpoint | None, list[str]]:
         except CheckpointDamaged as error:
             skipped.append(f"{error} The round before it is used.")
     return None, skipped
-
-
-def sound(root: Path) -> Iterator[RoundCheckpoint]:
-    """Every checkpoint that is what was written, newest first."""
-    for folder in _folders(root):
-        with suppress(CheckpointDamaged):
-            yield load(folder)
 
 
 def load(folder: Path) -> RoundCheckpoint:

@@ -35,7 +35,7 @@ def examined(office: Office, folder: Path, now: RoundCheckpoint) -> dict[str, An
     places, silent = examine(office, folder, now.round)
     rules = candidate.judge(places, limits)
     verdict, summary = _verdict(s.gate, places, rules)
-    evidence = json.loads((folder / adapters.RELEASE).read_bytes())
+    evidence = release.evidence(now)
     record = {
         "round": now.round,
         "updates": now.updates,
@@ -52,7 +52,7 @@ def examined(office: Office, folder: Path, now: RoundCheckpoint) -> dict[str, An
         "places": candidate.rows_of(places),
         "silent": silent,
     }
-    return record | {key: evidence[key] for key in ("averaged",) if key in evidence}
+    return record
 
 
 def _verdict(gate: str, places: list[Place], rules: list[candidate.Rule]) -> tuple[str, str]:
@@ -162,7 +162,7 @@ def release_now(office: Office, now: RoundCheckpoint) -> None:
     if now.updates == 0:
         office.events.add("not-released", round=now.round, reason="no round has changed the factors yet")
         return
-    folder = release.build(office.root, now, "candidates", office.settings.average)
+    folder = release.build(office.root, now, "candidates")
     known = issued(office, adapters.sha256(folder))
     if known and (known["verdict"] == "passed" or office.settings.gate == "off"):
         _once(office, folder, now, known)

@@ -7,7 +7,6 @@ candidate is good enough (`server.candidate`) and the order of things (`server.p
 
 import json
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
 from model import adapters, exam_counts, passport, wire
 from model.exam_counts import Counts, CountsWrong
 from model.files import write_atomic
-from server import checkpoint as store
-from server.aggregate import weighted_mean
 from server.checkpoint import RoundCheckpoint
 from server.strategy import plain
 
@@ -51,36 +48,11 @@ def _mean(row: dict[str, Any], key: str) -> float | None:
     return sum(w * v for w, v in known) / sum(w for w, _ in known) if known else None
 
 
-def averaged(root: Path, checkpoint: RoundCheckpoint, count: int) -> tuple[adapters.State, list[int]]:
-    """Mean of the factors after the last `count` rounds that changed them, and the numbers of these rounds.
-
-    Latest weight averaging (Kaddour 2022, arXiv:2209.14981). What is no longer on the disk, damaged or of another
-    adapter is left out; where nothing is left it is the checkpoint's own state.
-    """
-
-    def belongs(other: RoundCheckpoint) -> bool:
-        return other.changed and other.round <= checkpoint.round and other.spec == checkpoint.spec
-
-    last = list(islice(filter(belongs, store.sound(root)), count)) if count > 1 else []
-    if not last:
-        return checkpoint.state, [checkpoint.round]
-    state = {}
-    for name, array in checkpoint.state.items():
-        mean = weighted_mean([other.state[name] for other in last], [1 / len(last)] * len(last))
-        state[name] = mean.astype(array.dtype)
-    return state, [other.round for other in last]
-
-
-def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER, average: int = 1) -> Path:
-    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`, rounded to what travels; returns it.
-
-    With `average` above 1 it is the mean of that many last rounds (`averaged`); release.json then names them.
-    """
+def build(root: Path, checkpoint: RoundCheckpoint, place: str = FOLDER) -> Path:
+    """Write PLACE/round-NNNNN/ (PEFT folder and release.json) under `root`, rounded to what travels; returns it."""
     folder = root / place / f"round-{checkpoint.round:05d}"
-    state, rounds = averaged(root, checkpoint, average)
-    adapters.save(folder, wire.rounded(state), checkpoint.spec)
+    adapters.save(folder, wire.rounded(checkpoint.state), checkpoint.spec)
     record = {**evidence(checkpoint), "sha256": adapters.sha256(folder)}
-    record |= {"averaged": rounds} if len(rounds) > 1 else {}
     write_atomic(folder / adapters.RELEASE, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     return folder
 

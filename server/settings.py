@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from server.aggregate import MODES
-from server.checkpoint import KEEP
 
 
 class SettingsRejected(ValueError):
@@ -47,7 +46,6 @@ class Settings:
     )
     min_clinics: int = _setting(2, "accepted replies below which a round changes nothing", 1, 10_000)
     round_deadline: float = _setting(3600.0, "seconds after which a round goes on without the missing", 1, 604_800)
-    average: int = _setting(1, "a release is the mean of the factors after this many last rounds; 1: the last", 1, KEEP)
     release_every: int = _setting(0, "release to the clinics every n rounds; 0: at the end only", 0, 10_000)
     max_update_norm: float = _setting(0.0, "cap on the norm of an update; 0: rate x steps x sqrt(values)", 0, 1e9)
     gate: str = _setting(

@@ -100,9 +100,8 @@ def test_the_table_holds_each_way_against_both_ways_of_pooling() -> None:
 ROUNDS = {"rounds": 3, "steps": 2, "lr": 0.1, "lr_ratio": 1.0, "lr_final": 1.0, "alpha": 4.0, "rank": 4}
 
 
-@pytest.mark.parametrize("average", [1, 2])
 def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = {
         f"base_model.model.{layer}.lora_{factor}.weight": np.ones((4, 4), np.float32)
@@ -121,16 +120,13 @@ def test_a_case_goes_on_after_the_round_in_which_it_was_stopped(
     monkeypatch.setattr(slake_clinics, "prepare", lambda *_: None)
     blank = np.zeros((4, 4, 3), np.uint8)
     clinics = {n: [Sample(n, blank, "q", "a", "open", n, "slake")] for n in ("ct", "mri", "xray")}
-    settings = {**ROUNDS, "average": average}
-    case = slake_case.Case("alternating", "modality", 1, "", "", str(tmp_path / "case.json"), settings)
+    case = slake_case.Case("alternating", "modality", 1, "", "", str(tmp_path / "case.json"), ROUNDS)
     with pytest.raises(KeyboardInterrupt):
         slake_case.federate(case, clinics, first)
     resumed, facts = slake_case.federate(case, clinics, first)
     assert asked == [1000] * 3 + [1001] + [1001] * 3 + [1002] * 3  # the first round was not done again
     whole, same = slake_case.federate(replace(case, out=str(tmp_path / "whole.json")), clinics, first)
     assert facts == same and all(np.array_equal(resumed[name], whole[name]) for name in first)
-    moved = {"A": 0.3 + 10.01, "B": 0.3 + 10.0 + (0.3 + 10.02) / average}  # A in the second round, B in the others
-    assert all(np.allclose(array, 1 + moved[name[-8]], atol=0.02) for name, array in whole.items())
     other = replace(case, settings={**ROUNDS, "lr": 0.2})
     assert slake_case.resumed(other, first) == slake_case.Done(first)  # what was kept is of other settings
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model import phantoms
+from model import adapters, phantoms
 from model.data import Sample
-from scripts.benches import slake_case, slake_runs, slake_together
+from scripts.benches import slake_case, slake_together
 
 SETTINGS = {"targets": "decoder+projector", "rank": 2, "alpha": 4.0, "batch": 3, "mu": 0.0, "rounds": 3, "steps": 2}
 RATE = {"lr": 1e-3, "lr_ratio": 4.0, "lr_final": 0.5}
@@ -45,8 +45,6 @@ def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray], start: dict[
 
 @pytest.mark.parametrize("ways", [("alternating",), ("product-svd",), ("brief", "local mri")])
 def test_together_they_learn_what_each_learns_alone(cases: Any, tiny: Path, ways: tuple[str, ...]) -> None:
-    from model import adapters
-
     asked = [(way, seed) for way in ways for seed in (1, 2)]
     beside, alone = cases("beside", *asked), cases("alone", *asked)
     slake_together.train_all(beside)
@@ -59,6 +57,28 @@ def test_together_they_learn_what_each_learns_alone(cases: Any, tiny: Path, ways
         assert apart(kept(case), other, start) > 0.5
 
 
+def test_what_was_stopped_goes_on_where_each_case_was(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = (cases(name, ("alternating", 1), ("alternating", 2)) for name in ("whole", "stopped"))
+    slake_together.train_all(whole)
+    conclude, times = slake_case.conclude, [0]
+
+    def until(*what: Any) -> None:
+        times[0] += 1
+        if times[0] == 4:  # between the two cases, in the second round
+            raise KeyboardInterrupt
+        conclude(*what)
+
+    monkeypatch.setattr(slake_case, "conclude", until)
+    with pytest.raises(KeyboardInterrupt):
+        slake_together.train_all(stopped)
+    monkeypatch.setattr(slake_case, "conclude", conclude)
+    assert [len(slake_case.resumed(case, {}).sent) for case in stopped] == [2, 1]
+    slake_together.train_all(stopped)
+    for one, other, seed in zip(whole, stopped, (1, 2), strict=True):
+        start = adapters.initial(Path(one.base), 2, 4.0, SETTINGS["targets"], seed)
+        assert apart(kept(one), kept(other), start) < 0.1
+
+
 def test_what_is_trained_is_not_trained_again_and_the_bench_only_asks(
     cases: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,11 +88,30 @@ def test_what_is_trained_is_not_trained_again_and_the_bench_only_asks(
     slake_together.train_all([case])
     first = kept(case)
     monkeypatch.setattr(slake_clinics, "one", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(slake_together, "Together", lambda _: pytest.fail("trained again"))
+    slake_together.train_all([case])
     state, facts = slake_case.train(case, slake_case.rows(case)[0])
     assert all(np.allclose(state[name], first[name], atol=1e-3) for name in state) and facts["bytes_up"] > 0
-    monkeypatch.setattr(slake_runs, "done", lambda _: True)
-    slake_together.train_all([case])
-    assert all(np.array_equal(array, first[name]) for name, array in kept(case).items())
+
+
+def test_a_case_whose_factors_are_no_numbers_stops_no_other(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.benches.slake_grouped import Side
+
+    train = Side.train
+
+    def broken(self: Side, jobs: Any, *how: Any) -> Any:
+        found = train(self, jobs, *how)
+        if len(asked) == 1:  # the second round
+            found[0] = {name: array * np.float32("nan") for name, array in found[0].items()}
+        asked.append(1)
+        return found
+
+    asked: list[int] = []
+    monkeypatch.setattr(Side, "train", broken)
+    ill, well = cases("ill", ("alternating", 1), ("alternating", 2))
+    slake_together.train_all([ill, well])
+    reached = [len(slake_case.resumed(case, kept(case)).sent) for case in (ill, well)]
+    assert reached == [1, 3] and all(np.isfinite(array).all() for array in kept(ill).values())
 
 
 def test_samples_are_those_of_the_clinics_or_of_the_one_who_trains(cases: Any) -> None:

@@ -39,9 +39,6 @@ Rate = dict[str, float]  # lr of the factors A, lr_ratio of B's to it, lr_final 
 @click.option("--rounds", default=12, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
 @click.option(
-    "--average", default=1, show_default=True, help="A federation's adapter is the mean of so many last rounds."
-)
-@click.option(
     "--workers",
     type=click.IntRange(1),
     default=os.cpu_count() or 1,
@@ -56,7 +53,7 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     """Compare local, federated and pooled training on SLAKE."""
     (out / "cases").mkdir(parents=True, exist_ok=True)
     began, places = time.monotonic(), (base.resolve(), data.resolve(), out.resolve())
-    settings = SETTINGS | {key: chosen[key] for key in ("rounds", "steps", "average")}
+    settings = SETTINGS | {key: chosen[key] for key in ("rounds", "steps")}
     only = chosen["only"].split(",") if chosen["only"] else [*TUNED, "local"]
     ways = [way for way in TUNED if way in only or (way == "brief" and "local" in only)]
     rates, given = rates_of(chosen["rates"])
@@ -125,9 +122,7 @@ def scored(tried: Sequence[Case]) -> dict[str, dict[str, float]]:
 def sized(way: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a way of training: pooled data are taken in batches of all clinics' examples."""
     clinics = len(next(iter(SPLITS.values()))[1]) if way == "pooled" else 1
-    unused = () if way in MODES and settings.get("average", 1) > 1 else ("average",)
-    own = {name: value for name, value in settings.items() if name not in unused}
-    return {**own, "batch": settings["batch"] * clinics}
+    return {**settings, "batch": settings["batch"] * clinics}
 
 
 def cases(

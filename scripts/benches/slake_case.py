@@ -42,7 +42,6 @@ class Case:
 
     "pooled" and "brief" take as many steps as one clinic; the batch in its settings is that of all clinics, or of one.
 
-    With `average` in its settings a federation's adapter is the mean of its last rounds, as a release can be.
     With `lie` in its settings the first clinic lies so (`slake_lies`); `cut` is that of the trimmed mean.
     """
 
@@ -115,16 +114,12 @@ def samples_of(case: Case, samples: Sequence[Sample]) -> dict[str, list[Sample]]
 
 @dataclass
 class Done:
-    """Where a case is: the factors, and of each round the bytes a clinic sent, the error, the clinics set aside.
-
-    `last` holds the factors after the last rounds, as many as the case takes the mean of.
-    """
+    """Where a case is: the factors, and of each round the bytes a clinic sent, the error, the clinics set aside."""
 
     state: Any
     sent: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     aside: list[list[int]] = field(default_factory=list)
-    last: list[Any] = field(default_factory=list)
 
 
 def alone(case: Case, samples: Sequence[Sample], state: Any, steps: int) -> Any:
@@ -151,8 +146,7 @@ def federate(
             before = wire.rounded(done.state)
             conclude(done, case, before, all_of_them.answers(before, number), clinics)
     facts = {"bytes_up": sum(done.sent) / len(done.sent), "distance": sum(done.errors) / len(done.errors)}
-    mean = {name: np.mean([state[name] for state in done.last or [done.state]], axis=0) for name in done.state}
-    return wire.rounded(mean), facts | ({"aside": done.aside} if s.get("aside") else {})
+    return wire.rounded(done.state), facts | ({"aside": done.aside} if s.get("aside") else {})
 
 
 def conclude(
@@ -163,13 +157,12 @@ def conclude(
     from server import aggregate
 
     patients = [len({sample.group for sample in mine}) for mine in clinics.values()]
-    together(done, case, before, replies, patients)
+    _combine(done, case, before, replies, patients)
     done.sent.append(wire.packed_bytes(replies[0], aggregate.factors_of_round(case.what, len(done.sent))))
-    done.last = [*done.last, done.state][-case.settings.get("average", 1) :]
     keep(case, done)
 
 
-def together(done: Done, case: Case, before: Any, replies: Sequence[Any], patients: Sequence[int]) -> None:
+def _combine(done: Done, case: Case, before: Any, replies: Sequence[Any], patients: Sequence[int]) -> None:
     """Put the replies of a round together as the case says."""
     from server import aggregate
     from server.strategy import shares
@@ -195,11 +188,8 @@ def keep(case: Case, done: Done) -> None:
     from model.files import write_atomic
 
     buffer = io.BytesIO()
-    rest = json.dumps(
-        {"case": asdict(case), "sent": done.sent, "errors": done.errors, "aside": done.aside, "last": len(done.last)}
-    )
-    last = {f"{n}/{name}": array for n, state in enumerate(done.last) for name, array in state.items()}
-    np.savez(buffer, **done.state, **last, _rest=rest)
+    rest = json.dumps({"case": asdict(case), "sent": done.sent, "errors": done.errors, "aside": done.aside})
+    np.savez(buffer, **done.state, _rest=rest)
     write_atomic(_kept(case), buffer.getvalue())
 
 
@@ -211,8 +201,7 @@ def resumed(case: Case, first: Any) -> Done:
         rest = json.loads(str(file["_rest"]))
         if rest.pop("case") != asdict(case):
             return Done(first)
-        last = [{name: file[f"{n}/{name}"] for name in first} for n in range(rest.pop("last"))]
-        return Done({name: file[name] for name in first}, **rest, last=last)
+        return Done({name: file[name] for name in first}, **rest)
 
 
 def run(case: Case, side_by_side: bool = False) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Cases of `scripts/bench slake` trained together: the clinics of all cases of a way in one process (`slake_grouped`).
 
 What a case has reached is kept as `slake_case` keeps it, which then finds the training done and asks the questions.
+A case whose factors are no longer numbers stays where it was; `slake_case` goes on from there and says what it found.
 """
 
 import json
@@ -9,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from scripts.benches import slake_case, slake_runs
@@ -22,6 +24,7 @@ MOST = 72  # clinics in one pass
 def train_all(wanted: Sequence[Case]) -> None:
     """Train every case that is not done, those of equal settings together; goes on where it was stopped."""
     waiting = [case for case in wanted if case.what != "none" and not slake_runs.done(case)]
+    waiting = [case for case in waiting if _reached(case) < (case.settings["rounds"] if case.what in MODES else 1)]
     for _, cases in groupby(sorted(waiting, key=_kind), key=_kind):
         clinics = len(slake_case.names("modality"))
         for some in _chunks(list(cases), MOST // clinics):
@@ -31,7 +34,12 @@ def train_all(wanted: Sequence[Case]) -> None:
 def _kind(case: Case) -> str:
     """What cases must have in common to be trained together; ways without rounds differ in their samples alone."""
     way = case.what if case.what in MODES else "alone"
-    return json.dumps([way, case.tune, case.settings], sort_keys=True)
+    return json.dumps([way, case.tune, case.settings, _reached(case)], sort_keys=True)
+
+
+def _reached(case: Case) -> int:
+    """Rounds of a case that are done; one for a training without rounds."""
+    return len(slake_case.resumed(case, {}).sent)
 
 
 def _chunks(cases: Sequence[Case], most: int) -> Iterator[list[Case]]:
@@ -61,6 +69,7 @@ class Together:
                 if (case.split, name) not in made:
                     made[case.split, name] = Batches(rows, model, one.loaded, modules, s["batch"], 0)
         self.batches = [[made[c.split, n] for n in mine] for c, mine in zip(cases, self.mine, strict=True)]
+        self.lost: set[int] = set()  # cases whose factors are no longer numbers
         self.side = Side(model, one, sum(map(len, self.batches)), s["alpha"] / s["rank"])
 
     def run(self) -> None:
@@ -76,17 +85,17 @@ class Together:
         with tqdm(total=s["rounds"] * s["steps"], unit="step", desc=self._name()) as bar:
             states = self.side.train(jobs, "AB", bar.total, s["lr"], s["lr_ratio"], lambda: bar.update())
         for case, state in zip(self.cases, states, strict=True):
-            slake_case.keep(case, Done(state, [0.0], [0.0]))
+            if all(np.isfinite(array).all() for array in state.values()):
+                slake_case.keep(case, Done(state, [0.0], [0.0]))
 
     def _rounds(self) -> None:
         from model import wire
 
         done = [slake_case.resumed(c, wire.rounded(f)) for c, f in zip(self.cases, self.first, strict=True)]
-        if len({len(one.sent) for one in done}) > 1:  # stopped between two cases: those behind begin where all are
-            done = [Done(wire.rounded(first)) for first in self.first]
-        begun = len(done[0].sent)
-        for number in tqdm(range(begun, self.settings["rounds"]), unit="round", desc=self._name()):
-            self._round(number, done)
+        with tqdm(initial=len(done[0].sent), total=self.settings["rounds"], unit="round", desc=self._name()) as bar:
+            for number in range(bar.n, bar.total):
+                self._round(number, done)
+                bar.update()
 
     def _round(self, number: int, done: Sequence[Done]) -> None:
         from model import adapters, wire
@@ -104,8 +113,13 @@ class Together:
         after = iter(self.side.train(jobs, factor, s["steps"], lr, s["lr_ratio"]))
         for place, case in enumerate(self.cases):
             whole: list[Any] = [next(after) for _ in self.batches[place]]
-            replies = [wire.rounded({n: a for n, a in w.items() if adapters.factor(n) in factor}) for w in whole]
-            slake_case.conclude(done[place], case, before[place], replies, self.mine[place])
+            try:
+                replies = [wire.rounded({n: a for n, a in w.items() if adapters.factor(n) in factor}) for w in whole]
+            except adapters.AdapterRejected as error:
+                tqdm.write(f"{case.name}, round {number + 1}: {error}")
+                self.lost.add(place)
+            if place not in self.lost:
+                slake_case.conclude(done[place], case, before[place], replies, self.mine[place])
 
     def _name(self) -> str:
         return f"{self.cases[0].what.split()[0]}, {len(self.side)} clinics"
