@@ -4,7 +4,7 @@ Up to `PACK` questions about a picture share its positions (`model.packing`): th
 Not here: the optimizer (`client.trainer`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,28 +117,38 @@ class Batches:
 
     def loss(self, groups: Sequence[Group]) -> Any:
         """Cross-entropy over the answers' tokens of these groups; logits of picture positions are never computed."""
-        import torch
-
-        from model.packing import pack, visible
+        from model.packing import pack
 
         packed = pack(self.encoded, groups, self.prefix, self.processor.tokenizer.pad_token_id)
+        return self.cross_entropy(packed, self._vision([self.image_of[group[0]] for group in groups]))
+
+    def cross_entropy(self, packed: Sequence[Any], vision: Mapping[str, Any], reduction: str = "mean") -> Any:
+        """Cross-entropy of `packed` sequences (`model.packing.pack`); `vision` is what stands for their pictures.
+
+        A scalar, or with `reduction` "none" a tensor (sequences * (text positions - 1),), 0 where nothing is learnt.
+        """
+        import torch
+
+        from model.packing import visible
+
         ids, labels, segments, positions = (tensor.to(self.loaded.device) for tensor in packed)
-        vision = self._vision([self.image_of[group[0]] for group in groups])
         text = ids.shape[1] - self.prefix
         output = self.core(
             input_ids=ids, attention_mask=visible(segments), position_ids=positions, logits_to_keep=text, **vision
         )
-        return torch.nn.functional.cross_entropy(
-            output.logits[:, :-1].float().flatten(0, 1), labels[:, 1 - text :].flatten(), ignore_index=IGNORE
-        )
+        logits, wanted = output.logits[:, :-1].float().flatten(0, 1), labels[:, 1 - text :].flatten()
+        return torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction=reduction)
 
     def _vision(self, images: Sequence[int]) -> dict[str, Any]:
         """What the model gets for these pictures: pixels, or their features where those are known already."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         if self.features is None:
             return {"pixel_values": self._pixels(images)}
-        features = self.features[list(images)]
+        return self.seen(self.features[list(images)])
+
+    def seen(self, features: Any) -> dict[str, Any]:
+        """What the model gets in place of pixels: `features` (pictures, positions, width), through the projector."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
         if not self.projector_frozen:
             features = self.core.model.multi_modal_projector(features)
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}

@@ -1,12 +1,11 @@
-"""Flower's SuperNode with the patience that a clinic's line needs: what `flower-supernode` is, with two things changed.
-
-And it says in a sentence that the server no longer accepts the clinic's key, where Flower just ends.
+"""Flower's SuperNode with the patience that a clinic's line needs: `flower-supernode` with three things changed.
 
 Flower 1.41 sends a call again without end when a connection breaks, except when the error names TLS; a line that is
 cut or silent while TLS greets does, and then the SuperNode throws the message away or ends. Here only a certificate
 that cannot be believed is a reason to give up. And a clinic counts as gone, with its round lost, after a minute
-without a sign of life; here after three, which is what the SuperLink grants a half-sent reply. Neither has a setting
-in Flower, so both are replaced by name, in the one version they were read in. Not here: chunks that are small against
+without a sign of life; here after three, which is what the SuperLink grants a half-sent reply. And where the
+server no longer accepts the clinic's key Flower just ends; here a sentence says so. None of it has a setting in
+Flower, so it is replaced by name, in the one version that was read. Not here: chunks that are small against
 such a line and sent one by one, which Flower's environment sets (`client.node`), and answers lost on the way
 (`server.again`).
 """
@@ -33,7 +32,7 @@ def patient(invoker: Any) -> Any:
         if isinstance(error, httpx.TransportError):
             return "certificate" in str(error).lower()
         if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
-            _say_refused()
+            _say_refused()  # before Flower is asked: at 401 it ends this process and does not come back
         return flowers(error)
 
     invoker.should_giveup = gives_up

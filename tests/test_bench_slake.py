@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from model.data import Sample
 from scripts.benches import slake, slake_case, slake_clinics, slake_lies, slake_runs, slake_table
@@ -85,6 +86,13 @@ def test_rates_are_chosen_from_or_given_for_one_way() -> None:
 def test_what_is_no_rate_is_said(text: str) -> None:
     with pytest.raises(click.BadParameter, match=r"is no rate|no rate of its own"):
         slake.rates_of(text)
+
+
+def test_together_has_no_time_limit_and_says_so(tmp_path: Path) -> None:
+    told = CliRunner().invoke(
+        slake.main, ["--data", str(tmp_path), "--out", str(tmp_path), "--together", "--minutes", "1"]
+    )
+    assert told.exit_code == 2 and "--minutes does not go with --together" in told.output
 
 
 def test_the_table_holds_each_way_against_both_ways_of_pooling() -> None:

@@ -95,11 +95,11 @@ def test_what_is_trained_is_not_trained_again_and_the_bench_only_asks(
 
 
 def test_a_case_whose_factors_are_no_numbers_stops_no_other(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scripts.benches.slake_grouped import Side
+    from scripts.benches.slake_grouped import GroupedModel
 
-    train = Side.train
+    train = GroupedModel.train
 
-    def broken(self: Side, jobs: Any, *how: Any) -> Any:
+    def broken(self: GroupedModel, jobs: Any, *how: Any) -> Any:
         found = train(self, jobs, *how)
         if len(asked) == 1:  # the second round
             found[0] = {name: array * np.float32("nan") for name, array in found[0].items()}
@@ -107,7 +107,7 @@ def test_a_case_whose_factors_are_no_numbers_stops_no_other(cases: Any, monkeypa
         return found
 
     asked: list[int] = []
-    monkeypatch.setattr(Side, "train", broken)
+    monkeypatch.setattr(GroupedModel, "train", broken)
     ill, well = cases("ill", ("alternating", 1), ("alternating", 2))
     slake_together.train_all([ill, well])
     reached = [len(slake_case.resumed(case, kept(case)).sent) for case in (ill, well)]

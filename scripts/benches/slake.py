@@ -51,6 +51,8 @@ Rate = dict[str, float]  # lr of the factors A, lr_ratio of B's to it, lr_final 
 @click.option("--minutes", type=float, help="Begin no case after so many; the table then says what is missing.")
 def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: float | None, **chosen: Any) -> None:
     """Compare local, federated and pooled training on SLAKE."""
+    if chosen["together"] and minutes is not None:
+        raise click.UsageError("--minutes does not go with --together; stop it with Ctrl-C, and run it again to go on.")
     (out / "cases").mkdir(parents=True, exist_ok=True)
     began, places = time.monotonic(), (base.resolve(), data.resolve(), out.resolve())
     settings = SETTINGS | {key: chosen[key] for key in ("rounds", "steps")}

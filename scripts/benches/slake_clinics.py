@@ -30,12 +30,8 @@ class _Clinic:
     def answer(self, before: Any, number: int) -> Any:
         """What it sends in the round after `number` others."""
         from model import adapters, wire
-        from server.aggregate import factors_of_round
-        from server.strategy import rate_of_round
 
-        s, seed = self.case.settings, 1000 * self.case.seed + number
-        factor = factors_of_round(self.case.what, number)
-        lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
+        s, (factor, lr, seed) = self.case.settings, asked(self.case, number)
         now = replace(self.case, settings={**s, "lr": lr})
         after = one(now, self.mine, before, factor, s["steps"], seed, self.ready)
         reply = {n: a for n, a in after.items() if adapters.factor(n) in factor}
@@ -68,6 +64,16 @@ class Clinics(AbstractContextManager["Clinics"]):
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+def asked(case: Case, number: int) -> tuple[str, float, int]:
+    """What the round after `number` others asks of a clinic: factors, rate of A, seed of the samples' order."""
+    from server.aggregate import factors_of_round
+    from server.strategy import rate_of_round
+
+    s = case.settings
+    lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
+    return factors_of_round(case.what, number), lr, 1000 * case.seed + number
 
 
 def _become(case: Mapping[str, Any], mine: Sequence[Sample], lie: str, state: Any) -> None:

@@ -15,11 +15,11 @@ import torch
 from client import steps as schedule
 from client.batches import Batches
 from model import adapters
-from model.packing import pack, visible
+from model.packing import pack
 from model.prompts import IGNORE
 
 
-class Grouped(torch.nn.Module):
+class GroupedLinear(torch.nn.Module):
     """A frozen layer beside the factors of many clinics: A (clinics, rank, in), B (clinics, out, rank), scale s.
 
     The input's rows are the clinics' in turn, equally many each.
@@ -47,16 +47,16 @@ class Job:
     seed: int
 
 
-class Side:
+class GroupedModel:
     """The base model with the factors of `count` clinics side by side; made once, used round after round."""
 
-    def __init__(self, model: Any, batches: Batches, count: int, scale: float) -> None:
-        self.core, self.loaded, self.count = batches.core, batches.loaded, count
-        self.layers: dict[str, Grouped] = {}
+    def __init__(self, model: Any, count: int, scale: float) -> None:
+        self.count = count
+        self.layers: dict[str, GroupedLinear] = {}
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
                 a, b = (getattr(layer, f"lora_{f}")["default"].weight.detach() for f in "AB")
-                made = Grouped(layer.base_layer, a.repeat(count, 1, 1), b.repeat(count, 1, 1), scale)
+                made = GroupedLinear(layer.base_layer, a.repeat(count, 1, 1), b.repeat(count, 1, 1), scale)
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, made)
                 self.layers[name] = made
@@ -110,23 +110,10 @@ class Side:
 
     def losses(self, own: Sequence[Batches]) -> Any:
         """Tensor (clinics,): the mean loss over the answers' tokens of each clinic's next batch."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        ids, labels, segments, positions, features = self._packed(own)
-        seen = features if own[0].projector_frozen else self.core.model.multi_modal_projector(features)
-        text = ids.shape[1] - own[0].prefix
-        output = self.core(
-            input_ids=ids,
-            attention_mask=visible(segments),
-            position_ids=positions,
-            logits_to_keep=text,
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(seen))},
-        )
-        wanted = labels[:, 1 - text :]
-        loss = torch.nn.functional.cross_entropy(
-            output.logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        return loss.view(self.count, -1).sum(1) / (wanted != IGNORE).view(self.count, -1).sum(1)
+        *packed, features = self._packed(own)
+        loss = own[0].cross_entropy(packed, own[0].seen(features), "none").view(self.count, -1)
+        learnt = (packed[1] != IGNORE).view(self.count, -1).sum(1)
+        return loss.sum(1) / learnt.to(loss.device)
 
     def _packed(self, own: Sequence[Batches]) -> list[Any]:
         """Ids, labels, segments, positions and features of all clinics' next batches, filled up to one shape."""
@@ -146,7 +133,7 @@ class Side:
             torch.cat([torch.nn.functional.pad(p[n], (0, longest - p[n].shape[1]), value=empty[n]) for p in parts])
             for n in range(4)
         ]
-        return [*(tensor.to(self.loaded.device) for tensor in wide), torch.cat(features)]
+        return [*wide, torch.cat(features)]
 
     def _clip(self, factors: str) -> None:
         """Bound each clinic's gradient by itself, as each would."""

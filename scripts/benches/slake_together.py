@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from scripts.benches import slake_case, slake_runs
 from scripts.benches.slake_case import Case, Done
-from scripts.benches.slake_grouped import Job, Side
+from scripts.benches.slake_grouped import GroupedModel, Job
 from server.aggregate import MODES
 
 MOST = 72  # clinics in one pass
@@ -70,7 +70,7 @@ class Together:
                     made[case.split, name] = Batches(rows, model, one.loaded, modules, s["batch"], 0)
         self.batches = [[made[c.split, n] for n in mine] for c, mine in zip(cases, self.mine, strict=True)]
         self.lost: set[int] = set()  # cases whose factors are no longer numbers
-        self.side = Side(model, one, sum(map(len, self.batches)), s["alpha"] / s["rank"])
+        self.model = GroupedModel(model, sum(map(len, self.batches)), s["alpha"] / s["rank"])
 
     def run(self) -> None:
         """All that is still to do."""
@@ -83,7 +83,7 @@ class Together:
         s = self.settings
         jobs = [Job(b[0], state, c.seed) for b, state, c in zip(self.batches, self.first, self.cases, strict=True)]
         with tqdm(total=s["rounds"] * s["steps"], unit="step", desc=self._name()) as bar:
-            states = self.side.train(jobs, "AB", bar.total, s["lr"], s["lr_ratio"], lambda: bar.update())
+            states = self.model.train(jobs, "AB", bar.total, s["lr"], s["lr_ratio"], lambda: bar.update())
         for case, state in zip(self.cases, states, strict=True):
             if all(np.isfinite(array).all() for array in state.values()):
                 slake_case.keep(case, Done(state, [0.0], [0.0]))
@@ -99,18 +99,16 @@ class Together:
 
     def _round(self, number: int, done: Sequence[Done]) -> None:
         from model import adapters, wire
-        from server.aggregate import factors_of_round
-        from server.strategy import rate_of_round
+        from scripts.benches.slake_clinics import asked
 
-        s, factor = self.settings, factors_of_round(self.cases[0].what, number)
-        lr = rate_of_round(s["lr"], number + 1, s["rounds"], s["lr_final"])
+        s, (factor, lr, _) = self.settings, asked(self.cases[0], number)
         before = [wire.rounded(one.state) for one in done]
         jobs = [
-            Job(batches, state, 1000 * case.seed + number)
+            Job(batches, state, asked(case, number)[2])
             for case, state, clinics in zip(self.cases, before, self.batches, strict=True)
             for batches in clinics
         ]
-        after = iter(self.side.train(jobs, factor, s["steps"], lr, s["lr_ratio"]))
+        after = iter(self.model.train(jobs, factor, s["steps"], lr, s["lr_ratio"]))
         for place, case in enumerate(self.cases):
             whole: list[Any] = [next(after) for _ in self.batches[place]]
             try:
@@ -122,4 +120,4 @@ class Together:
                 slake_case.conclude(done[place], case, before[place], replies, self.mine[place])
 
     def _name(self) -> str:
-        return f"{self.cases[0].what.split()[0]}, {len(self.side)} clinics"
+        return f"{self.cases[0].what.split()[0]}, {len(self.model)} clinics"
