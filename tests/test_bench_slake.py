@@ -1,8 +1,9 @@
 """`scripts/bench slake` and `liars` without a model: cases that fail, GPUs, lies in which the gate finds nothing."""
 
+import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -80,6 +81,17 @@ def test_rates_are_chosen_from_or_given_for_one_way() -> None:
     rates, given = slake.rates_of("2e-3,1e-3:8,pooled=5e-4:16,ffa=2e-3:16:0.1")
     assert [slake.named(rate) for rate in rates] == ["0.002:1:1", "0.001:8:1"]
     assert {way: slake.named(rate) for way, rate in given.items()} == {"pooled": "0.0005:16:1", "ffa": "0.002:16:0.1"}
+
+
+def test_a_rate_counts_with_the_mean_of_its_tries(tmp_path: Path) -> None:
+    rates, _ = slake.rates_of("2e-3,1e-3:8")
+    tried = list(slake.tuning(tmp_path, tmp_path, tmp_path, slake.SETTINGS, ["pooled"], rates, tries=2))
+    assert len({case.out for case in tried}) == 4 and [case.seed for case in tried] == [1, 1, 2, 2]
+    (tmp_path / "cases").mkdir()
+    for case, right in zip(tried, [True, False, False, False], strict=True):
+        found = {**asdict(case), "right": {"1": right, "2": True}}
+        Path(case.out).write_text(json.dumps(found), encoding="utf-8")
+    assert slake.scored(tried) == {"pooled": {"0.002:1:1": 75.0, "0.001:8:1": 50.0}}
 
 
 @pytest.mark.parametrize("text", ["fast", "1e-3:2:3:4", "1e-3:", "local=1e-3"])

@@ -9,7 +9,7 @@ import pytest
 
 from model import adapters, phantoms
 from model.data import Sample
-from scripts.benches import slake_case, slake_together
+from scripts.benches import slake_case, slake_runs, slake_together
 
 SETTINGS = {"targets": "decoder+projector", "rank": 2, "alpha": 4.0, "batch": 3, "mu": 0.0, "rounds": 3, "steps": 2}
 RATE = {"lr": 1e-3, "lr_ratio": 4.0, "lr_final": 0.5}
@@ -23,9 +23,9 @@ def cases(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     rows = [replace(row, meta={"modality": name}) for row, name in zip(drawn, names, strict=True)]
     monkeypatch.setattr(slake_case, "rows", lambda case: (rows, rows[:1]))
 
-    def make(folder: str, *ways: tuple[str, int]) -> list[slake_case.Case]:
-        (tmp_path / folder).mkdir()
-        blank = slake_case.Case("", "modality", 0, str(tiny), "", "", {**SETTINGS, **RATE})
+    def make(folder: str, *ways: tuple[str, int], **rate: float) -> list[slake_case.Case]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        blank = slake_case.Case("", "modality", 0, str(tiny), "", "", {**SETTINGS, **RATE, **rate})
         made = [replace(blank, what=what, seed=seed) for what, seed in ways]
         return [replace(case, out=str(tmp_path / folder / f"{case.name}.json")) for case in made]
 
@@ -55,6 +55,18 @@ def test_together_they_learn_what_each_learns_alone(cases: Any, tiny: Path, ways
         start = adapters.initial(tiny, 2, 4.0, SETTINGS["targets"], case.seed)
         assert apart(kept(case), mine, start) < 0.1
         assert apart(kept(case), other, start) > 0.5
+
+
+@pytest.mark.parametrize("way", ["alternating", "factor-average", "pooled"])
+def test_each_rate_moves_its_own_clinics_alone(cases: Any, tiny: Path, way: str) -> None:
+    rates = [{}, {"lr": 2e-3}, {"lr_ratio": 16.0, "lr_final": 1.0}]
+    beside, alone = ([cases(f"{name}{n}", (way, 1), **rate)[0] for n, rate in enumerate(rates)] for name in "ba")
+    slake_together.train_all(beside)
+    start = adapters.initial(tiny, 2, 4.0, SETTINGS["targets"], 1)
+    for case, other in zip(alone, beside, strict=True):
+        slake_case.train(case, slake_case.rows(case)[0])
+        assert apart(kept(case), kept(other), start) < 0.1
+    assert apart(kept(beside[0]), kept(beside[1]), start) > 0.3 < apart(kept(beside[0]), kept(beside[2]), start)
 
 
 def test_what_was_stopped_goes_on_where_each_case_was(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +106,10 @@ def test_what_is_trained_is_not_trained_again_and_the_bench_only_asks(
     assert all(np.allclose(state[name], first[name], atol=1e-3) for name in state) and facts["bytes_up"] > 0
 
 
-def test_a_case_whose_factors_are_no_numbers_stops_no_other(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_case_whose_factors_are_no_numbers_stops_no_other(
+    cases: Any, monkeypatch: pytest.MonkeyPatch, tune: bool
+) -> None:
     from scripts.benches.slake_grouped import GroupedModel
 
     train = GroupedModel.train
@@ -108,10 +123,30 @@ def test_a_case_whose_factors_are_no_numbers_stops_no_other(cases: Any, monkeypa
 
     asked: list[int] = []
     monkeypatch.setattr(GroupedModel, "train", broken)
-    ill, well = cases("ill", ("alternating", 1), ("alternating", 2))
+    ill, well = (replace(case, tune=tune) for case in cases("ill", ("alternating", 1), ("alternating", 2)))
     slake_together.train_all([ill, well])
     reached = [len(slake_case.resumed(case, kept(case)).sent) for case in (ill, well)]
     assert reached == [1, 3] and all(np.isfinite(array).all() for array in kept(ill).values())
+    assert Path(ill.out).exists() is tune and not Path(well.out).exists()
+
+
+def test_a_rate_that_ends_in_no_number_is_not_trained_again(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.benches.slake_grouped import GroupedModel
+
+    train = GroupedModel.train
+
+    def broken(self: GroupedModel, *how: Any) -> Any:
+        first, *others = train(self, *how)
+        return [{name: array * np.float32("inf") for name, array in first.items()}, *others]
+
+    monkeypatch.setattr(GroupedModel, "train", broken)
+    ill, well = (replace(case, tune=True) for case in cases("rates", ("brief", 1), ("brief", 2)))
+    slake_together.train_all([ill, well])
+    assert slake_runs.done(ill) and not slake_runs.done(well)
+    found = slake_runs.result(ill)
+    assert "no longer numbers" in found["failed"] and not any(found["right"].values())
+    monkeypatch.setattr(slake_together, "Together", lambda _: pytest.fail("trained again"))
+    slake_together.train_all([ill, well])
 
 
 def test_samples_are_those_of_the_clinics_or_of_the_one_who_trains(cases: Any) -> None:

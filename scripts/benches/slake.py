@@ -2,7 +2,7 @@
 
 Three clinics each, on images that the base (`model/reference_few`) was not trained on; SLAKE's en_validate is asked at
 the end, at 4 bits. Each way of training has the learning rate with which it answers a fifth of the training images best
-when trained on the rest (by modality; a local adapter has that of `brief`). Each case runs in a process of its own
+when trained on the rest (by modality, the mean of `--tries`; a local adapter has that of `brief`). Each case runs in a process of its own
 (`slake_case`), as many as there are cores, and is kept, round by round: the same command goes on where it was stopped.
 Intervals draw images, not seeds; a clinic's own score counts its part of the test rows. Every adapter takes as many
 steps as one clinic; a pooled one has the examples of all clinics in each, a brief one, pooled too, those of one.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -36,6 +37,7 @@ Rate = dict[str, float]  # lr of the factors A, lr_ratio of B's to it, lr_final 
 @click.option("--base", type=_PATH, default=Path("model/reference_few"), show_default=True)
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--rates", default="1e-3:4,2e-3,2e-3:4:0.1", show_default=True, help=RATES)
+@click.option("--tries", default=1, show_default=True, help="Trainings with each rate to choose from.")
 @click.option("--rounds", default=12, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Optimizer steps of a clinic in a round.")
 @click.option(
@@ -59,7 +61,8 @@ def main(data: Path, out: Path, base: Path, seeds: int, workers: int, minutes: f
     only = chosen["only"].split(",") if chosen["only"] else [*TUNED, "local"]
     ways = [way for way in TUNED if way in only or (way == "brief" and "local" in only)]
     rates, given = rates_of(chosen["rates"])
-    tried = list(tuning(*places, settings, [way for way in ways if way not in given], rates)) if len(rates) > 1 else []
+    open_ways = [way for way in ways if way not in given] if len(rates) > 1 else []
+    tried = list(tuning(*places, settings, open_ways, rates, chosen["tries"]))
     how = ("--side-by-side",) if chosen["side_by_side"] else ()
     if chosen["together"]:
         slake_together.train_all(tried)
@@ -103,22 +106,29 @@ def named(rate: Mapping[str, Any]) -> str:
 
 
 def tuning(
-    base: Path, data: Path, out: Path, settings: Mapping[str, Any], ways: Sequence[str], rates: Sequence[Rate]
+    base: Path,
+    data: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    ways: Sequence[str],
+    rates: Sequence[Rate],
+    tries: int = 1,
 ) -> Iterator[Case]:
     """Each way of training with each of the rates, asked about training images that it was not shown."""
-    for rate, way in itertools.product(rates, ways):
-        case = Case(way, "modality", 1, str(base), str(data), "", sized(way, {**settings, **rate}), tune=True)
+    for seed, rate, way in itertools.product(range(1, tries + 1), rates, ways):
+        case = Case(way, "modality", seed, str(base), str(data), "", sized(way, {**settings, **rate}), tune=True)
         yield replace(case, out=str(out / "cases" / f"{case.name}.json"))
 
 
 def scored(tried: Sequence[Case]) -> dict[str, dict[str, float]]:
-    """Percent right for each way and rate. Raises ClickException where one is missing."""
+    """Percent right for each way and rate, the mean over its tries. Raises ClickException where one is missing."""
     if not all(slake_runs.done(case) for case in tried):
         raise click.ClickException("The time was up before learning rates could be chosen; run this again to go on.")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for case in tried:
-        found.setdefault(case.what, {})[named(case.settings)] = slake_table.percent(slake_runs.result(case)["right"])
-    return found
+        right = slake_table.percent(slake_runs.result(case)["right"])
+        found.setdefault(case.what, {}).setdefault(named(case.settings), []).append(right)
+    return {way: {rate: fmean(each) for rate, each in rates.items()} for way, rates in found.items()}
 
 
 def sized(way: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Case:
         """What it is called in the report and as a file."""
         if self.tune:
             s = self.settings
-            return f"tune-{self.what}-{s['lr']:g}-{s['lr_ratio']:g}-{s['lr_final']:g}"
+            return f"tune-{self.what}-{s['lr']:g}-{s['lr_ratio']:g}-{s['lr_final']:g}-{self.seed}"
         if self.what == "none":
             return "none"
         if self.what in ("pooled", "brief"):
@@ -222,7 +222,7 @@ def run(case: Case, side_by_side: bool = False) -> dict[str, Any]:
         except TrainingFailed as error:
             if not case.tune:
                 raise
-            return {**asdict(case), "failed": str(error), "right": {row.id: False for row in test}}
+            return failed(case, str(error), test)
         folder = Path(case.out).with_suffix("") / "adapter"
         adapters.save(
             folder, state, adapters.spec_of(state, case.settings["alpha"], llava.base_sha256(Path(case.base)))
@@ -232,6 +232,11 @@ def run(case: Case, side_by_side: bool = False) -> dict[str, Any]:
     for finished in evaluate.answer_batches(backend, test, BATCH, max_new_tokens=LONGEST):
         right |= {test[n].id: metrics.exact(found.text, test[n].answer) for n, found in finished}
     return {**asdict(case), **facts, "right": right, "seconds": round(time.monotonic() - start, 1)}
+
+
+def failed(case: Case, why: str, test: Sequence[Sample]) -> dict[str, Any]:
+    """The result of a rate with which training ends in no number: nothing is right."""
+    return {**asdict(case), "failed": why, "right": {row.id: False for row in test}}
 
 
 def main(arguments: Sequence[str]) -> None:

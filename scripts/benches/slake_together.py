@@ -1,7 +1,8 @@
 """Cases of `scripts/bench slake` trained together: the clinics of all cases of a way in one process (`slake_grouped`).
 
 What a case has reached is kept as `slake_case` keeps it, which then finds the training done and asks the questions.
-A case whose factors are no longer numbers stays where it was; `slake_case` goes on from there and says what it found.
+A case whose factors are no longer numbers stays where it was: a rate that was tried is then out of the question, and of
+any other case `slake_case` goes on from there and says what it found.
 """
 
 import json
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from model.files import write_atomic
 from scripts.benches import slake_case, slake_runs
 from scripts.benches.slake_case import Case, Done
 from scripts.benches.slake_grouped import GroupedModel, Job
-from server.aggregate import MODES
+from server.aggregate import MODES, factors_of_round
 
 MOST = 72  # clinics in one pass
 
@@ -32,9 +34,10 @@ def train_all(wanted: Sequence[Case]) -> None:
 
 
 def _kind(case: Case) -> str:
-    """What cases must have in common to be trained together; ways without rounds differ in their samples alone."""
-    way = case.what if case.what in MODES else "alone"
-    return json.dumps([way, case.tune, case.settings, _reached(case)], sort_keys=True)
+    """What cases must have in common to be trained together: the factors of each round, and all but their rates."""
+    way = "".join(factors_of_round(case.what, number) for number in range(2)) if case.what in MODES else "alone"
+    same = {key: value for key, value in case.settings.items() if key not in ("lr", "lr_ratio", "lr_final")}
+    return json.dumps([way, case.tune, same, _reached(case)], sort_keys=True)
 
 
 def _reached(case: Case) -> int:
@@ -58,7 +61,7 @@ class Together:
 
         self.cases, self.settings = list(cases), cases[0].settings
         s = self.settings
-        base, (samples, _) = Path(cases[0].base), slake_case.rows(cases[0])
+        base, (samples, self.test) = Path(cases[0].base), slake_case.rows(cases[0])
         self.first = [adapters.initial(base, s["rank"], s["alpha"], s["targets"], case.seed) for case in cases]
         modules = [adapters.module(name) for name in self.first[0]]
         self.mine = [slake_case.samples_of(case, samples) for case in cases]
@@ -70,7 +73,7 @@ class Together:
                     made[case.split, name] = Batches(rows, model, one.loaded, modules, s["batch"], 0)
         self.batches = [[made[c.split, n] for n in mine] for c, mine in zip(cases, self.mine, strict=True)]
         self.lost: set[int] = set()  # cases whose factors are no longer numbers
-        self.model = GroupedModel(model, sum(map(len, self.batches)), s["alpha"] / s["rank"])
+        self.model = GroupedModel(model, list(made.values()), sum(map(len, self.batches)), s["alpha"] / s["rank"])
 
     def run(self) -> None:
         """All that is still to do."""
@@ -80,13 +83,17 @@ class Together:
             self._alone()
 
     def _alone(self) -> None:
-        s = self.settings
-        jobs = [Job(b[0], state, c.seed) for b, state, c in zip(self.batches, self.first, self.cases, strict=True)]
-        with tqdm(total=s["rounds"] * s["steps"], unit="step", desc=self._name()) as bar:
-            states = self.model.train(jobs, "AB", bar.total, s["lr"], s["lr_ratio"], lambda: bar.update())
+        jobs = [
+            Job(batches, state, case.seed, case.settings["lr"], case.settings["lr_ratio"])
+            for (batches,), state, case in zip(self.batches, self.first, self.cases, strict=True)
+        ]
+        with tqdm(total=self.settings["rounds"] * self.settings["steps"], unit="step", desc=self._name()) as bar:
+            states = self.model.train(jobs, "AB", bar.total, lambda: bar.update())
         for case, state in zip(self.cases, states, strict=True):
             if all(np.isfinite(array).all() for array in state.values()):
                 slake_case.keep(case, Done(state, [0.0], [0.0]))
+            else:
+                self._lose(case, "the factors are no longer numbers")
 
     def _rounds(self) -> None:
         from model import wire
@@ -101,23 +108,33 @@ class Together:
         from model import adapters, wire
         from scripts.benches.slake_clinics import asked
 
-        s, (factor, lr, _) = self.settings, asked(self.cases[0], number)
+        plans = [asked(case, number) for case in self.cases]
+        factor = plans[0][0]
         before = [wire.rounded(one.state) for one in done]
         jobs = [
-            Job(batches, state, asked(case, number)[2])
-            for case, state, clinics in zip(self.cases, before, self.batches, strict=True)
+            Job(batches, state, seed, lr, case.settings["lr_ratio"])
+            for case, (_, lr, seed), state, clinics in zip(self.cases, plans, before, self.batches, strict=True)
             for batches in clinics
         ]
-        after = iter(self.model.train(jobs, factor, s["steps"], lr, s["lr_ratio"]))
+        after = iter(self.model.train(jobs, factor, self.settings["steps"]))
         for place, case in enumerate(self.cases):
             whole: list[Any] = [next(after) for _ in self.batches[place]]
             try:
                 replies = [wire.rounded({n: a for n, a in w.items() if adapters.factor(n) in factor}) for w in whole]
             except adapters.AdapterRejected as error:
-                tqdm.write(f"{case.name}, round {number + 1}: {error}")
+                if place not in self.lost:
+                    self._lose(case, f"round {number + 1}: {error}")
                 self.lost.add(place)
             if place not in self.lost:
                 slake_case.conclude(done[place], case, before[place], replies, self.mine[place])
 
+    def _lose(self, case: Case, why: str) -> None:
+        """Say so; where a rate was tried, that is its result."""
+        tqdm.write(f"{case.name}: {why}")
+        if case.tune:
+            found = slake_case.failed(case, why, self.test)
+            write_atomic(Path(case.out), (json.dumps(found) + "\n").encode())
+
     def _name(self) -> str:
-        return f"{self.cases[0].what.split()[0]}, {len(self.model)} clinics"
+        ways = dict.fromkeys(case.what.split()[0] for case in self.cases)
+        return f"{', '.join(ways)}: {len(self.model)} clinics"
