@@ -2,10 +2,11 @@
 
 Three clinics each, on images that the base (`model/reference_few`) was not trained on; SLAKE's en_validate is asked at
 the end, at 4 bits. Each way of training has the learning rate with which it answers a fifth of the training images best
-when trained on the rest (by modality, the mean of `--tries`; a local adapter has that of `brief`). Each case runs in a process of its own
-(`slake_case`), as many as there are cores, and is kept, round by round: the same command goes on where it was stopped.
-Intervals draw images, not seeds; a clinic's own score counts its part of the test rows. Every adapter takes as many
-steps as one clinic; a pooled one has the examples of all clinics in each, a brief one, pooled too, those of one.
+when trained on the rest (by modality, the mean of `--tries`; a local adapter has that of `brief`). Each case runs in a
+process of its own (`slake_case`), as many as there are cores, and is kept, round by round: the same command goes on
+where it was stopped. Intervals draw images, not seeds; a clinic's own score counts its part of the test rows. Every
+adapter takes as many steps as one clinic; a pooled one has the examples of all clinics in each, a brief one, pooled
+too, those of one.
 """
 
 import itertools
