@@ -5,12 +5,15 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from client.rounds_cli import budget, export_round, import_release, import_round
 from model.commands import Commands
+
+if TYPE_CHECKING:
+    from client.doctor import Check
 
 _SERVER = click.option("--server", metavar="HOST:PORT", help="The federation's server.  [default: afya.toml]")
 _BUNDLE = click.option(
@@ -68,7 +71,8 @@ def doctor(server: str | None, bundle: Path | None, as_json: bool) -> None:
         click.echo(json.dumps([asdict(check) for check in checks]))
     else:
         for check in checks:
-            click.echo(f"{'ok   ' if check.ok else 'FAULT'} {check.name}: {check.detail}")
+            word = "note " if check.note else "ok   " if check.ok else "FAULT"
+            click.echo(f"{word} {check.name}: {check.detail}")
     if not all(check.ok for check in checks):
         raise click.exceptions.Exit(1)
 
@@ -110,9 +114,8 @@ def join(
         click.echo("By stick: afya-client import-round FILE trains, export-round FILE writes the answer.")
         return
     link = _guard(lambda: node.connection(home, server, bundle, port))
-    faults = [f"{c.name}: {c.detail}" for c in _guard(lambda: doctor.examine(home, link)) if not c.ok]
-    if faults or link is None:
-        raise click.ClickException(" ".join(faults))
+    _well(_guard(lambda: doctor.examine(home, link)))
+    assert link is not None  # or there was a fault
     _guard(lambda: passport.adopt(home, link.ca.parent))
     if (home / "federation").is_dir():
         _guard(lambda: invitation.give(home, home / "federation"))
@@ -121,6 +124,16 @@ def join(
         return
     click.echo(f"Taking part at {link.server}; interrupt to leave.")
     _guard(lambda: node.join(home, link))
+
+
+def _well(checks: "list[Check]") -> None:
+    """Tell the notes; faults end the command."""
+    for check in checks:
+        if check.note:
+            click.echo(f"Note: {check.detail}", err=True)
+    faults = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
+    if faults:
+        raise click.ClickException(" ".join(faults))
 
 
 def _serve(home: Path, link: Any, without_firewall: bool) -> None:

@@ -42,7 +42,11 @@ class Answer:
 def address(server: str) -> tuple[str, int]:
     """Host and port of "HOST:PORT". Raises NoContact."""
     host, _, port = server.rpartition(":")
-    if not host.strip("[]") or not port.isdigit() or not 0 < int(port) < 65536:
+    try:
+        named = bool(host.strip("[]").encode("idna"))  # a label that is empty or too long is no name at all
+    except UnicodeError:
+        named = False
+    if not named or not port.isdigit() or not 0 < int(port) < 65536:
         raise NoContact(f"server {server!r} is not HOST:PORT; correct it in [client] of afya.toml or join again.")
     return host.strip("[]"), int(port)
 

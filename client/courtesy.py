@@ -18,7 +18,7 @@ POLL = 0.05  # seconds between two looks at it while waiting
 
 
 class TimeOver(Exception):
-    """The time for training has run out while a clinician was being answered."""
+    """The time for training has run out within a step, or while a clinician was being answered."""
 
 
 class Courtesy:
@@ -48,17 +48,21 @@ class Courtesy:
         return False
 
     def pause(self) -> None:
-        """Stand still while somebody is asking. Raises TimeOver, once, when the deadline passes meanwhile."""
+        """Stand still while somebody is asking. Raises TimeOver, once, when the deadline has passed."""
         now = self._clock()
         if self.over or now - self._looked < LOOK:
             return
+        self._in_time()
         while self.asking():
-            if self.deadline is not None and self._clock() > self.deadline:
-                self.over = True
-                raise TimeOver("the time for training ran out while the kiosk was answering")
             self._sleep(POLL)
             self.waited += POLL
+            self._in_time()
         self._looked = self._clock()
+
+    def _in_time(self) -> None:
+        if self.deadline is not None and self._clock() > self.deadline:
+            self.over = True
+            raise TimeOver("the time for training ran out")
 
 
 def between_layers(model: Any, pause: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from client import contact, firewall, invitation, limits, service, unit
+from client import contact, firewall, invitation, limits, planned, service, unit
 from client.node import Connection
 
 FLWR = "1.41.0"  # the version whose checks and faults are known here
@@ -29,10 +29,15 @@ class Check:
     name: str
     ok: bool
     detail: str
+    note: bool = False  # well enough to take part, and yet somebody should read it
 
 
 class _Fault(Exception):
     """A check that failed; the message says what to do."""
+
+
+class _Note(Exception):
+    """Something that hinders nothing now; the message says what to know."""
 
 
 def examine(home: Path, link: Connection | None) -> list[Check]:
@@ -76,6 +81,8 @@ def _run(name: str, step: Callable[[], str]) -> Check:
     known = (_Fault, limits.SettingsWrong, invitation.InvitationRejected, contact.NoContact, service.ServiceError)
     try:
         return Check(name, True, step())
+    except _Note as note:
+        return Check(name, True, str(note), note=True)
     except (*known, AdapterRejected, DataError, ModelError, PresetMissing, OSError) as error:
         return Check(name, False, str(error))
 
@@ -119,28 +126,10 @@ def _memory(home: Path) -> str:
 
 
 def _limits(home: Path) -> str:
-    """The clinic's own limits, and whether what the federation plans lies within them."""
-    own, plan = limits.read_limits(home), invitation.record(home).get("plan", {})
-    ranges = {
-        "rank": (1, own.max_rank),
-        "alpha": (0, own.max_alpha),
-        "local-steps": (own.min_steps, own.max_steps),
-        "lr": (own.min_lr, own.max_lr),
-        "batch-size": (1, own.max_batch),
-    }
-    numbers = {name: plan[name] for name in ranges if type(plan.get(name)) in (int, float)}
-    seen = numbers.get("local-steps", own.max_steps) * numbers.get("batch-size", own.max_batch)
-    if seen < own.min_cases:
-        raise _Fault(f"the federation plans {seen:g} samples a round, and nothing leaves here below {own.min_cases}.")
-    outside = [
-        f"{name} {value} (here {ranges[name][0]} to {ranges[name][1]})"
-        for name, value in numbers.items()
-        if not ranges[name][0] <= value <= ranges[name][1]
-    ]
-    if outside:
-        raise _Fault(
-            f"the federation plans {', '.join(outside)}; change [client] of afya.toml or talk to the coordinator."
-        )
+    """The clinic's own limits, and whether what the federation planned at its invitation lies within them."""
+    own = limits.read_limits(home)
+    if words := planned.beyond(own, invitation.record(home).get("plan", {})):
+        raise _Note(words)
     return f"{own}"
 
 

@@ -54,7 +54,7 @@ def read(path: Path) -> Invitation:
         record = json.loads(path.read_bytes())
     except OSError as error:
         raise InvitationRejected(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvitationRejected(f"{path} is no invitation or was cut off; ask the coordinator again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InvitationRejected(f"{path} is no invitation; ask the coordinator for the file of afya-server invite.")
@@ -194,6 +194,6 @@ def record(home: Path) -> dict[str, Any]:
         return {}
     except PermissionError as error:
         raise InvitationRejected(closed(path)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvitationRejected(f"{path} cannot be read ({error}); run afya-client join FILE --replace.") from error
     return found if isinstance(found, dict) else {}

@@ -78,13 +78,14 @@ def read(home: Path) -> list[Entry]:
         if found["sha256"] != _digest(found["entries"]):
             raise ValueError("it was changed by hand")
         entries = [Entry(**row) for row in found["entries"]]
-        if not all(0 < e.multiplier < math.inf and 0 < e.rate <= 1 and e.steps > 0 for e in entries):
+        if not all(map(_possible, entries)):
             raise ValueError("it holds an entry that cannot be")
     except PermissionError as error:
         raise Refused(closed(path)) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LedgerDamaged(
-            f"the privacy ledger {path} cannot be read ({error}); put back a copy of it, or set dp = false in afya.toml"
+            f"the privacy ledger {path} cannot be read ({error}); put back a copy that is not older than this clinic's "
+            "last private round, or set dp = false in afya.toml"
         ) from error
     return entries
 
@@ -103,12 +104,19 @@ def check(home: Path, new: Entry, budget: float, delta: float) -> float:
 
 
 def charge(home: Path, new: Entry, budget: float, delta: float) -> float:
-    """Write `new` into the ledger and return epsilon after it; only then may its update leave. Raises as `check`."""
+    """Write `new` into the ledger and return epsilon after it; only then may its update leave. Raises as `check`, and
+    Refused for an entry of no steps, which `read` would not believe."""
+    if not _possible(new):
+        raise Refused(f"nothing was trained ({new.steps} steps), so nothing leaves")
     with locked(home) as folder:
         _begin(folder)
         after = check(home, new, budget, delta)
         _write(folder, [*read(home), new])
     return after
+
+
+def _possible(entry: Entry) -> bool:
+    return 0 < entry.multiplier < math.inf and 0 < entry.rate <= 1 and entry.steps > 0
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def read_settings(home: Path) -> dict[str, Any]:
 
 def read_limits(home: Path) -> Limits:
     """Limits of the clinic, defaults where afya.toml says nothing. Raises SettingsWrong for wrong names and types."""
-    path, table = settings_file(home), read_settings(home).get("client", {})
+    path, table = settings_file(home), client_table(home)
     known = {entry.name: entry for entry in fields(Limits)}
     values: dict[str, Any] = {}
     for name, value in table.items():
@@ -117,6 +117,14 @@ def read_limits(home: Path) -> Limits:
     return found
 
 
+def client_table(home: Path) -> dict[str, Any]:
+    """The table [client] of afya.toml, empty when there is none. Raises SettingsWrong where it is no table."""
+    table = read_settings(home).get("client", {})
+    if not isinstance(table, dict):
+        raise SettingsWrong(f"{settings_file(home)}: client is no table; write its entries below a line [client].")
+    return table
+
+
 def niceness(home: Path) -> int:
     """Priority for training; the lowest where the settings are wrong, since the round is refused for that anyway."""
     try:
@@ -131,7 +139,16 @@ def _mistake(limits: Limits) -> str:
         schedule.parse(limits.hours)
     except ValueError as error:
         return f"hours: {error}"
+    try:
+        re.compile(adapters.targets_pattern(limits.targets))
+    except re.error as error:
+        return f"targets: {limits.targets!r} is neither names such as decoder+projector nor an expression ({error})"
     bounds = (
+        ("threads", limits.threads, 0, 1024),
+        ("min_steps", limits.min_steps, 1, 1 << 30),
+        ("min_examples", limits.min_examples, 1, 1 << 30),
+        ("min_cases", limits.min_cases, 1, 1 << 30),
+        ("max_batch", limits.max_batch, 1, 1 << 30),
         ("nice", limits.nice, 0, 19),
         ("max_minutes", limits.max_minutes, 0.01, 10_080),
         ("max_memory_mib", limits.max_memory_mib, 0, 1 << 30),

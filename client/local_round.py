@@ -68,6 +68,7 @@ def _answer(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path, no
     cases = len({sample.group for sample in samples})
     limits.check(request, spec, allowed, base_sha256(base), len(samples), cases)
     cost = _cost(request, allowed, len(samples), cases, home) if allowed.dp else None
+    sealed.note_training(home, samples)
     left = max(0.0, seconds - (time.monotonic() - start))
     trained = _train(request, allowed, samples, base, state, home, left, cost)
     _enough(trained, allowed)

@@ -39,12 +39,15 @@ def connection(
     """Connection from the arguments, else from [client] of afya.toml, else from the invitation; None when none says
     where the server is. Raises SettingsWrong and InvitationRejected.
     """
-    table = limits.read_settings(home).get("client", {})
+    table = limits.client_table(home)
     where = server or table.get("server") or (None if bundle else invitation.record(home).get("server"))
     folder = bundle or home / "federation"
     ca = folder / "ca.crt" if bundle or "ca" not in table else Path(str(table["ca"])).expanduser()
     key = folder / "node.key" if bundle or "key" not in table else Path(str(table["key"])).expanduser()
-    return Connection(str(where), ca, key, port or int(table.get("port", 9094))) if where else None
+    here = port or table.get("port", 9094)
+    if type(here) is not int or not 0 < here < 65536:
+        raise limits.SettingsWrong(f"{limits.settings_file(home)}: [client] port is {here!r}, no number of a port.")
+    return Connection(str(where), ca, key, here) if where else None
 
 
 def command(link: Connection) -> list[str]:

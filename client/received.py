@@ -40,9 +40,7 @@ def install(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) ->
 
     Raises as `unpack` does.
     """
-    evidence = json.loads(str(config["evidence"]))
-    if not isinstance(evidence, dict):
-        raise ValueError("the evidence is no record")
+    evidence = _record(str(config["evidence"]))
     with tempfile.TemporaryDirectory(prefix="afya-release-") as scratch:
         folder = Path(scratch) / "adapter"
         digest = unpack(config, arrays, home, folder)
@@ -53,9 +51,22 @@ def install(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) ->
         if text is None:
             raise limits.Refused("the adapter has no passport, and this clinic takes only what its coordinator signed")
         record = passport.verify(text, public, digest, str(config["base-sha256"]))
+        if evidence.get("round") != record.get("round"):
+            raise limits.Refused("the evidence is of another round than the passport")
         _check_newer(record, passport.newest(home))
         name = installed.install(home, folder, evidence=evidence, passport=text)
     return name, digest, ""
+
+
+def _record(text: str) -> dict[str, Any]:
+    """The evidence of a release; nobody has signed it. Raises ValueError."""
+    try:
+        found = json.loads(text) if len(text) <= installed.MAX_RELEASE else None
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"the evidence is no record of at most {installed.MAX_RELEASE} characters")
+    return found
 
 
 def _check_newer(record: Mapping[str, Any], newest: int) -> None:

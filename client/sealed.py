@@ -1,10 +1,11 @@
 """A clinic's sealed set: consented samples that are never trained on, and what a candidate adapter does on them.
 
 One picture (or patient, where known) in ten is sealed, chosen by a hash with a key that only this clinic has: no server
-can know or choose them. Sealing begins when the clinic has samples of enough pictures; what was trained on
-before stays open for ever: privacy/sealed.json holds the key and hashes of every picture that was trained on. Only
-counts leave (`model.exam_counts`), and none from a set that is small. Not covered: a server that sends many candidates
-made to tell single rows apart, and a lost sealed.json, after which other pictures are sealed.
+can know or choose them. Sealing begins when the clinic has samples of enough pictures, and then holds however few are
+left; what was trained on before stays open for ever. privacy/sealed.json holds the key, whether sealing has begun, and
+hashes of every picture that was trained on. Only counts leave (`model.exam_counts`), and none from a set that is small.
+Not covered: a server that sends many candidates made to tell single rows apart, and a lost sealed.json, after which
+other pictures are sealed.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,11 @@ MAX_ROWS = 400  # questions of an examination; the rest of a larger set is left 
 
 @dataclass(frozen=True)
 class Seal:
-    """The clinic's key and the hashes of what was trained on."""
+    """The clinic's key, the hashes of what was trained on, and whether sealing has begun."""
 
     key: bytes
     trained: frozenset[str]
+    begun: bool = False
 
     def mark(self, group: str) -> str:
         """Hash of a picture or patient under this clinic's key."""
@@ -60,34 +62,45 @@ def begin(home: Path, key: bytes) -> None:
 
 
 def open_to_training(home: Path, samples: "list[Sample]") -> "list[Sample]":
-    """The samples that may be trained on; that they were is written down before this returns. Raises Refused."""
+    """The samples that may be trained on; whoever trains says so first (`note_training`). Raises Refused."""
+    with ledger.locked(home):
+        seal = _begun(home, samples)
+        return [sample for sample in samples if not _closed(seal, sample)]
+
+
+def note_training(home: Path, samples: "list[Sample]") -> None:
+    """Write down that these samples are trained on from now on. Raises Refused where one was sealed meanwhile."""
     with ledger.locked(home):
         seal = _read(home)
-        closed = _closed(seal, samples)
-        rest = [sample for sample in samples if sample.group not in closed]
-        _write(home, Seal(seal.key, seal.trained | {seal.mark(sample.group) for sample in rest}))
-    return rest
+        if any(_closed(seal, sample) for sample in samples):
+            raise limits.Refused("the sealed set began while this round was made ready; the next round goes on")
+        _write(home, replace(seal, trained=seal.trained | {seal.mark(sample.group) for sample in samples}))
 
 
 def sealed(home: Path, samples: "list[Sample]") -> "list[Sample]":
     """The sealed samples, at most `MAX_ROWS`. Raises Refused when there are too few for counts to leave."""
     with ledger.locked(home):
-        seal = _read(home)
-        closed = _closed(seal, samples)
-        chosen = sorted((s for s in samples if s.group in closed), key=lambda s: (seal.mark(s.group), s.id))[:MAX_ROWS]
+        seal = _begun(home, samples)
+        chosen = sorted((s for s in samples if _closed(seal, s)), key=lambda s: (seal.mark(s.group), s.id))[:MAX_ROWS]
         pictures = len({sample.group for sample in chosen})
         if len(chosen) < LEAST_ROWS or pictures < LEAST_GROUPS:
             raise limits.Refused(
                 f"the sealed set has {len(chosen)} questions on {pictures} pictures; counts leave this clinic from "
                 f"{LEAST_ROWS} questions on {LEAST_GROUPS} pictures"
             )
-        _write(home, seal)
     return chosen
 
 
-def _closed(seal: Seal, samples: "Iterable[Sample]") -> set[str]:
-    groups = {sample.group for sample in samples}
-    return {group for group in groups if seal.closed(group)} if len(groups) >= MIN_PICTURES else set()
+def _begun(home: Path, samples: "Iterable[Sample]") -> Seal:
+    """The clinic's seal as it is with these samples; sealing begins once, with enough pictures, and never ends."""
+    seal = _read(home)
+    seal = replace(seal, begun=seal.begun or len({sample.group for sample in samples}) >= MIN_PICTURES)
+    _write(home, seal)
+    return seal
+
+
+def _closed(seal: Seal, sample: "Sample") -> bool:
+    return seal.begun and seal.closed(sample.group)
 
 
 def examine(config: Mapping[str, Any], arrays: Mapping[str, Any], home: Path) -> tuple[dict[str, Any], str]:
@@ -148,7 +161,7 @@ def _read(home: Path) -> Seal:
     path = home / FILE
     try:
         found = json.loads(read_plain(path.parent.resolve() / path.name, ledger.MAX_BYTES))
-        return Seal(bytes.fromhex(found["key"]), frozenset(map(str, found["trained"])))
+        return Seal(bytes.fromhex(found["key"]), frozenset(map(str, found["trained"])), found.get("begun") is True)
     except FileNotFoundError:
         return Seal(secrets.token_bytes(32), frozenset())
     except PermissionError as error:
@@ -159,7 +172,8 @@ def _read(home: Path) -> Seal:
 
 def _write(home: Path, seal: Seal) -> None:
     path = home / FILE
-    text = json.dumps({"key": seal.key.hex(), "trained": sorted(seal.trained)}) + "\n"
+    record = {"key": seal.key.hex(), "begun": seal.begun, "trained": sorted(seal.trained)}
+    text = json.dumps(record) + "\n"
     try:
         write_atomic(path, text.encode())
     except OSError as error:

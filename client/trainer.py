@@ -126,8 +126,15 @@ def _learn(
     )
     before = batches.probe()
     losses = run(private, optimizer, steps, how.mu, deadline, _wait(how), how.progress)
-    stopped = bool(how.courtesy and how.courtesy.over)  # the kiosk is still answering
-    return before, losses, losses[-1] if stopped and losses else batches.probe(), gradient.most
+    try:
+        if losses and how.courtesy and how.courtesy.over:
+            raise TimeOver
+        after = batches.probe()
+    except TimeOver:  # what was learnt in time still counts
+        if not losses:
+            raise
+        after = losses[-1]
+    return before, losses, after, gradient.most
 
 
 def _wait(how: Options) -> Callable[[], None]:

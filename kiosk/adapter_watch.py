@@ -1,17 +1,19 @@
 """Which adapter the kiosk's model answers with: looks at the one installed, changes to it, and keeps the former one.
 
 Installing happens elsewhere (`model.installed`, in another process perhaps); here the pointer file is watched. What
-answers is a copy of the kiosk's own (`model.verified`), now and when the former one comes back. Before it answers, its
-passport is verified where this clinic knows the coordinator's key, it must be no older than the newest one seen and for
-this very base, and with it the model must still look at the picture (`model.canary`). Not covered: whether it answers
-better.
+answers is a copy of the kiosk's own (`model.verified`), now and when the former one comes back, also after a new start.
+Before it answers, its passport is verified where this clinic knows the coordinator's key, it must be no older than the
+newest one seen and for this very base, and with it the model must still look at the picture (`model.canary`). Not
+covered: whether it answers better.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from model import verified
     from model.backends import Backend
 
 
@@ -46,13 +48,27 @@ class AdapterWatch:
         self._settled = seen
         try:
             found = verified.take(self._home, self.adapter)
-            wanted, unsigned = (found.folder, found.unsigned) if found else (None, None)
-            if wanted != self.adapter:
-                self._swap(backend, wanted)
-            self.adapter, self.unsigned, self.notice = wanted, unsigned, None
+            self._use(backend, found)
+            verified.note_answered(self._home, found)
+            self.notice = None
         except Exception as error:  # an adapter comes from outside: whatever is wrong with it must not stop answers
+            self._fall_back(backend)
             using = f"the earlier one ({self.name})" if self.adapter else "the model as it was installed"
             self.notice = f"A new adapter was refused and {using} answers instead. {sentence(error)}"
+
+    def _use(self, backend: "Backend", found: "verified.Verified | None") -> None:
+        wanted, unsigned = (found.folder, found.unsigned) if found else (None, None)
+        if wanted != self.adapter:
+            self._swap(backend, wanted)
+        self.adapter, self.unsigned = wanted, unsigned
+
+    def _fall_back(self, backend: "Backend") -> None:
+        """In a kiosk that has just started, answer with the copy that answered before it was ended."""
+        from model import verified
+
+        if self.adapter is None and (last := verified.answered(self._home)):
+            with contextlib.suppress(Exception):  # then the model as it was installed
+                self._use(backend, last)
 
     def _swap(self, backend: "Backend", wanted: Path | None) -> None:
         """Answer with `wanted`; when the canary refuses it, answer with the former one again and raise CanaryFailed."""

@@ -112,10 +112,13 @@ def initial(base: Path, rank: int, alpha: float, targets: str, seed: int) -> Sta
     """
     if rank < 1 or alpha <= 0:
         raise AdapterRejected(f"An adapter needs a rank of at least 1 and a positive alpha, not {rank} and {alpha}.")
-    pattern = re.compile(targets_pattern(targets))
+    try:
+        pattern = re.compile(targets_pattern(targets))
+    except re.error as error:
+        raise AdapterRejected(f"The targets {targets!r} are no expression ({error}); try decoder.") from error
     shapes = {name: shape for name, shape in linear_shapes(base).items() if pattern.fullmatch(name)}
     if not shapes:
-        raise AdapterRejected(f"No linear layer of {base} matches the targets {targets!r}; try --targets decoder.")
+        raise AdapterRejected(f"No linear layer of {base} matches the targets {targets!r}; try decoder.")
     generator = np.random.default_rng(seed)
     state: State = {}
     for name in sorted(shapes):

@@ -21,8 +21,10 @@ from typing import Any
 from model.files import read_plain, sync_folder, write_atomic
 
 POINTER = "current.json"
-_MAX_POINTER, _MAX_RELEASE = 1 << 16, 2 << 20  # bytes; release.json names every clinic of a round
-_NAME = re.compile(r"round--?\d{1,18}-[0-9a-f]{12}")  # the round, and how the adapter's hash begins
+_MAX_POINTER = 1 << 16  # bytes
+MAX_RELEASE = 2 << 20  # characters of a release.json, which names every clinic that contributed
+MAX_ROUND = 10**9
+_NAME = re.compile(r"round-\d{1,18}-[0-9a-f]{12}")  # the round, and how the adapter's hash begins
 _ENTRIES = {
     "name": _NAME.pattern,
     "sha256": "[0-9a-f]{64}",
@@ -48,14 +50,16 @@ def install(home: Path, folder: Path, *, evidence: dict[str, Any], passport: str
 
     `evidence` (round, contributors, losses) is written beside the weights as release.json, `passport` as passport.json
     and for people. The pointer keeps the name of the adapter before it, so `rollback` can go back. Raises
-    AdapterRejected when the folder is not a sound adapter.
+    AdapterRejected, and changes nothing, when the folder is not a sound adapter or the round cannot be.
     """
     from model import adapters
     from model import passport as passports
 
     adapters.load(folder)
     found, digest = adapters.spec(folder), adapters.sha256(folder)
-    round_number = int(evidence.get("round", 0))
+    round_number = evidence.get("round", 0)
+    if type(round_number) is not int or not 0 <= round_number <= MAX_ROUND:
+        raise adapters.AdapterRejected(f"The round of a release cannot be {str(round_number)[:40]!r}; ask for another.")
     name = f"round-{round_number:04d}-{digest[:12]}"
     store = home / "adapters"
     store.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,7 +132,7 @@ def rollback(home: Path, to: str | None = None) -> str | None:
         "name": target,
         "sha256": digest,
         "base_sha256": found.base_sha256,
-        "round": _round_of(folder),
+        "round": _round_of(target),
         "installed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "previous": _older(home, target),
     }
@@ -142,7 +146,7 @@ def _older(home: Path, name: str) -> str | None:
     from model import adapters, passport
 
     found = [path.name for path in (home / "adapters").glob("round-*") if _NAME.fullmatch(path.name)]
-    rounds = {other: int(other[6:-13]) for other in [*found, name]}  # round-NUMBER-HASH
+    rounds = {other: _round_of(other) for other in [*found, name]}
     for other in sorted(found, key=lambda other: (rounds[other], other), reverse=True):
         if rounds[other] < rounds[name]:
             with contextlib.suppress(adapters.AdapterRejected):
@@ -169,9 +173,8 @@ def listing(home: Path) -> list[Installed]:
     store, now = home / "adapters", pointer(home) or {}
     found = []
     for folder in sorted(path for path in store.glob("round-*") if _NAME.fullmatch(path.name)):
-        problem, verdict, number = None, None, 0
+        problem, verdict, number = None, None, _round_of(folder.name)
         try:
-            number = _round_of(folder)
             adapters.load(folder)
             problem = passport.check(home, folder)
             known = (folder / passport.FILE).exists()
@@ -184,13 +187,9 @@ def listing(home: Path) -> list[Installed]:
     return sorted(found, key=lambda row: (-row.round, row.name))
 
 
-def _round_of(folder: Path) -> int:
-    from model import adapters
-
-    try:
-        return int(json.loads(read_plain(folder / adapters.RELEASE, _MAX_RELEASE)).get("round", 0))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise adapters.AdapterRejected(f"{folder / adapters.RELEASE} is not readable ({error}).") from error
+def _round_of(name: str) -> int:
+    """The round in an adapter's name, round-NUMBER-HASH."""
+    return int(name[len("round-") : -13])
 
 
 def _same(folder: Path, digest: str) -> bool:

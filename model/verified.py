@@ -25,15 +25,19 @@ from model.files import sync_folder, write_atomic
 FOLDER = Path("verified")
 NEWEST = FOLDER / "newest.json"  # by the name of a coordinator's key: the highest number seen, and whose it is
 ALLOWED = FOLDER / "allowed.json"  # the adapter that somebody here went back to last, though it may be an older one
+ANSWERED = FOLDER / "answered.json"  # the last copy that answered: a kiosk that starts anew falls back on it
 KEPT = 3  # copies: the one in use, the one before, and one more for another kiosk of this home that is behind
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A copy that nobody else can change; `unsigned`: a sentence where nobody vouches for the adapter."""
+    """A copy that nobody else can change; `unsigned`: a sentence where nobody vouches for the adapter. `key`: name of
+    the coordinator's key that does."""
 
     folder: Path
     unsigned: str | None
+    sha256: str
+    key: str | None
 
 
 def take(home: Path, using: Path | None = None) -> Verified | None:
@@ -59,11 +63,37 @@ def take(home: Path, using: Path | None = None) -> Verified | None:
             if public is not None:
                 _note_newest(home, passport.name_of(public), serial, record["name"])
             with contextlib.suppress(OSError):
-                _tidy(home / FOLDER, {folder, using})
+                _tidy(home / FOLDER, {folder, using, last.folder if (last := answered(home)) else None})
     except OSError as error:
         words = f"{home / FOLDER} cannot be written ({error.strerror or error})"
         raise AdapterRejected(f"{words}; look at its disk and its owner, then start the kiosk again.") from error
-    return Verified(folder, passport.UNSIGNED if public is None else None)
+    return _verified(folder, record["sha256"], public)
+
+
+def _verified(folder: Path, sha256: str, public: Any) -> Verified:
+    unsigned, key = (passport.UNSIGNED, None) if public is None else (None, passport.name_of(public))
+    return Verified(folder, unsigned, sha256, key)
+
+
+def note_answered(home: Path, found: Verified | None) -> None:
+    """Remember which copy answers now, None for the bare base model; as well as this disk allows."""
+    with contextlib.suppress(OSError):
+        if found is None:
+            (home / ANSWERED).unlink(missing_ok=True)
+        elif answered(home) != found:
+            record = {"name": found.folder.name, "sha256": found.sha256, "key": found.key}
+            _write(home, ANSWERED, record)
+
+
+def answered(home: Path) -> Verified | None:
+    """The copy that answered last, if it is still what it was then and vouched for by the key known now."""
+    try:
+        record = json.loads((home / ANSWERED).read_bytes())
+        found = _verified(home / FOLDER / str(record["name"]), str(record["sha256"]), passport.trusted(home))
+        named = found.folder.name == record["name"] and record["key"] == found.key
+        return found if named and adapters.sha256(found.folder) == found.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError, AdapterRejected):
+        return None
 
 
 def allow(home: Path, name: str, sha256: str) -> None:

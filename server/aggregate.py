@@ -185,14 +185,18 @@ def products(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.asarray(np.add.reduceat(np.add.reduceat(both, starts, axis=0), starts, axis=1))
 
 
-def describe(found: Mapping[str, Fit], mode: str, discarded: float) -> dict[str, object]:
-    """The figures of a round as plain values: in total, and [ideal, error, drift] of every layer."""
+def describe(found: Mapping[str, Fit], mode: str, discarded: float, rounding: float = 0.0) -> dict[str, object]:
+    """The figures of a round as plain values: in total, and [ideal, error, drift] of every layer.
+
+    `rounding` is the distance to what travels on, whose values have 16 bits.
+    """
     total = found[""]
     return {
         "aggregation": mode,
         "ideal": total.ideal,
         "error": total.error,
         "relative_error": total.relative_error,
+        "rounding": rounding,
         "drift": total.drift,
         "discarded": discarded,
         "layers": {name: [part.ideal, part.error, part.drift] for name, part in found.items() if name},

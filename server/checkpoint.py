@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from model.files import sync_folder, write_atomic
 
 MANIFEST = "manifest.json"
 KEEP = 5  # checkpoints kept: enough to step back from a bad round, little enough for a small disk
+WHOLE = 100  # rounds of the history that are kept in full; of those before, who took part and whose reply was refused
 _FOLDER = re.compile(r"round-(\d{5})")
 
 
@@ -38,7 +39,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Contribution:
-    """One reply that counted: `weight` is its share of the mean, `norm` that of its update, `bytes` of its arrays."""
+    """One reply that counted: `weight` is its share of the mean, `norm` that of its update, `bytes` of its arrays.
+
+    `cases` counts its patients, or pictures where patients are not known; 0 in rounds before that was kept.
+    """
 
     clinic: str
     examples: int
@@ -46,6 +50,7 @@ class Contribution:
     norm: float
     bytes: int
     metrics: dict[str, float] = field(default_factory=dict)
+    cases: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,20 @@ def save(root: Path, checkpoint: RoundCheckpoint, keep: int = KEEP) -> Path:
 
 
 def latest(root: Path) -> tuple[RoundCheckpoint | None, list[str]]:
-    """The newest sound checkpoint, or None, and one sentence for each newer one that had to be skipped."""
+    """The newest sound checkpoint, None where there is none at all, and a sentence for each newer one that was skipped.
+
+    Raises CheckpointDamaged where there are some and none is sound: nobody wants to begin anew without knowing it.
+    """
     skipped: list[str] = []
     for folder in _folders(root):
         try:
-            return load(folder), skipped
+            return load(folder), [f"{fault} The round before it is used." for fault in skipped]
         except CheckpointDamaged as error:
-            skipped.append(f"{error} The round before it is used.")
+            skipped.append(str(error))
+    if skipped:
+        raise CheckpointDamaged(
+            f"{root} holds rounds and none of them can be read ({skipped[0]}) Put a copy back, or use another folder."
+        )
     return None, skipped
 
 
@@ -139,6 +151,17 @@ def summary(checkpoint: RoundCheckpoint) -> dict[str, Any]:
         "bytes_up": checkpoint.bytes_up,
         "quality": {key: value for key, value in checkpoint.quality.items() if key != "layers"},
     }
+
+
+def history(before: Sequence[dict[str, Any]], checkpoint: RoundCheckpoint) -> tuple[dict[str, Any], ...]:
+    """The rows before with that of `checkpoint`; those of long ago in short, or every round would cost more."""
+    old = len(before) - WHOLE + 1
+    return (*(_short(row) for row in before[: max(0, old)]), *before[max(0, old) :], summary(checkpoint))
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    names = {key: [{"clinic": entry["clinic"]} for entry in row[key]] for key in ("accepted", "rejected")}
+    return {"round": row["round"], "changed": row["changed"], **names}
 
 
 def _manifest(checkpoint: RoundCheckpoint, adapter_sha256: str) -> bytes:

@@ -1,7 +1,7 @@
 """afya-server: the coordinator's commands. Heavy imports happen inside the commands, so --help answers at once."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ def _guard(call: Callable[[], Any]) -> Any:
     from model.llava import ModelError
     from model.presets import PresetMissing
     from server.certs import CertsError
+    from server.checkpoint import CheckpointDamaged
     from server.link import LinkError
     from server.settings import SettingsRejected
 
+    known = (AdapterRejected, ModelError, PresetMissing, CertsError, CheckpointDamaged, LinkError, SettingsRejected)
     try:
         return call()
-    except (AdapterRejected, ModelError, PresetMissing, CertsError, LinkError, SettingsRejected) as error:
+    except known as error:
         raise click.ClickException(str(error)) from error
     except OSError as error:
         raise click.ClickException(f"{error.filename or 'A file'}: {error.strerror or error}.") from error
@@ -85,7 +87,7 @@ def certs(out: Path, clinics: tuple[str, ...], hosts: tuple[str, ...], as_json: 
 @click.option(
     "--clinic-gib-an-hour",
     "gib",
-    type=click.FloatRange(0.1),
+    type=click.FloatRange(0.1, 1e6),
     default=4.0,
     show_default=True,
     help="What one clinic may send in an hour; one that sends more is made to wait.",
@@ -97,6 +99,8 @@ def start(folder: Path, state: Path, listen: str, link_port: int, gib: float) ->
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise click.UsageError(f"--listen {listen!r} is not HOST:PORT.")
+    if gib != gib:
+        raise click.UsageError("--clinic-gib-an-hour is no number.")
     link = Link(folder.resolve(), state.resolve(), link_port, int(gib * (1 << 30)))
     _guard(lambda: serve(link, (host.strip("[]"), int(port)), lambda text: click.echo(text)))
 
@@ -138,8 +142,8 @@ def rounds(folder: Path, state: Path, out: Path | None, values: tuple[str, ...],
         return
     link = links.existing(folder, state)
     root = (out or state / "rounds").resolve()
-    given = dict(_value(text) for text in values)
-    config = {**so_far(root, given), "checkpoint-dir": str(root), **given}
+    given = chosen(values)
+    config = {**_guard(lambda: so_far(root, given)), "checkpoint-dir": str(root), **given}
     _guard(lambda: settings.read({**{n: d for n, (d, _) in settings.names().items()}, **config}))
     config.setdefault("signing-key", str(_guard(lambda: signing.signing_key(folder.resolve()))))
     _guard(lambda: follow.follow(link, root, config, as_json))
@@ -155,6 +159,11 @@ def so_far(root: Path, given: dict[str, Any]) -> dict[str, Any]:
         words = ", ".join(f"{name} {value}" for name, value in odd.items())
         click.echo(f"Going on after round {number} with its settings: {words}.", err=True)
     return found
+
+
+def chosen(values: Sequence[str]) -> dict[str, Any]:
+    """What --set names, each NAME=VALUE. Raises UsageError."""
+    return dict(_value(text) for text in values)
 
 
 def _value(text: str) -> tuple[str, Any]:

@@ -82,4 +82,5 @@ def sentence(event: dict[str, Any]) -> str:
 def waiting(event: dict[str, Any]) -> str:
     """Whom a round waits for before it asks anybody."""
     here = ", ".join(event["clinics"]) or "nobody"
-    return f"Waiting for clinics: {event['needed']} are needed, {here} is there; for at most {event['seconds']} s more."
+    left = f"{event['seconds'] / 3600:.0f} h" if event["seconds"] >= 7200 else f"{event['seconds']} s"
+    return f"Waiting for clinics: {event['needed']} are needed, {here} is there; for at most {left} more."

@@ -8,6 +8,7 @@ finds a damaged copy, not a forger: who can change the file can also write a new
 import datetime
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,20 @@ class InviteError(keys.CertsError):
     """An invitation cannot be made; the message says why and what to do."""
 
 
-def invite(link: Link, clinic: str, out: Path, server: str | None = None, base: Path | None = None) -> bool:
+def invite(
+    link: Link,
+    clinic: str,
+    out: Path,
+    server: str | None = None,
+    base: Path | None = None,
+    chosen: Mapping[str, Any] | None = None,
+) -> bool:
     """Write the invitation of `clinic` to `out` (0600); returns whether the running server has registered its key.
 
     Makes the clinic's key where there is none yet. `server` is "HOST:PORT" as the clinic reaches it, `base` the
-    federation's base model (default: the reference model). Raises InviteError and CertsError.
+    federation's base model (default: the reference model). What the rounds will ask is written down, so that a clinic
+    can hold it against its limits: the settings of the last round, else the defaults, and before them `chosen`.
+    Raises InviteError, CertsError, CheckpointDamaged.
     """
     if out.exists():
         raise InviteError(f"{out} exists and was left as it is; remove it or choose another name.")
@@ -39,12 +49,13 @@ def invite(link: Link, clinic: str, out: Path, server: str | None = None, base: 
         raise InviteError("; ".join(faults) + ".")
     address = _address(link.certs, server)
     model = _base(base)
+    plan = _plan(link.state / "rounds", chosen or {})
     keys.make(link.certs, [clinic])
     signing.hand_out(link.certs)
     folder = link.certs / "clinics" / clinic
     if pem((folder / "node.pub").read_text(encoding="utf-8").strip()) in guard.read_revoked(link.state):
         raise InviteError(f"The key in {folder} was revoked; move that folder away to invite {clinic} with a new key.")
-    record = _record(link.certs, folder, clinic, address, model)
+    record = _record(link.certs, folder, clinic, address, model, plan)
     write_atomic(out, (json.dumps(record, indent=1) + "\n").encode())
     if not is_up(link):
         return False
@@ -52,11 +63,19 @@ def invite(link: Link, clinic: str, out: Path, server: str | None = None, base: 
     return True
 
 
-def _record(certs: Path, folder: Path, clinic: str, address: str, model: dict[str, str]) -> dict[str, Any]:
-    """Everything in the file, with its check-sum."""
-    from server import settings
+def _plan(root: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a round will ask of a clinic, as far as anybody knows today."""
+    from server import runs, settings
 
-    defaults = settings.names()
+    known = {name: default for name, (default, _) in settings.names().items()}
+    found = {**known, **runs.settings_so_far(root)[1], **chosen}
+    return {name: found[name] for name in PLAN}
+
+
+def _record(
+    certs: Path, folder: Path, clinic: str, address: str, model: dict[str, str], plan: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything in the file, with its check-sum."""
     record: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -67,7 +86,7 @@ def _record(certs: Path, folder: Path, clinic: str, address: str, model: dict[st
         "key": (folder / "node.key").read_text(encoding="utf-8"),
         "release_key": (certs / PUBLIC).read_text(encoding="utf-8"),
         "base": model,
-        "plan": {name: defaults[name][0] for name in PLAN},
+        "plan": plan,
         "flwr": links.FLWR,
     }
     return {**record, "sha256": checksum(record)}

@@ -32,16 +32,30 @@ _STATE = click.option("--state", type=click.Path(path_type=Path), default=Path("
 @click.option(
     "--base-model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Base model's folder."
 )
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What rounds will ask, where not as in the last one; the clinic is told if its limits are narrower.",
+)
 @_CERTS
 @_STATE
 def invite(
-    clinic: str, out: Path | None, server: str | None, base_model: Path | None, certs: Path, state: Path
+    clinic: str,
+    out: Path | None,
+    server: str | None,
+    base_model: Path | None,
+    values: tuple[str, ...],
+    certs: Path,
+    state: Path,
 ) -> None:
     """Write the one file with which CLINIC joins, and let its key take part."""
+    from server import cli
     from server import invite as invitations
 
-    file = out or Path(f"{clinic}.afya")
-    told = _run(lambda: invitations.invite(_link(certs, state), clinic, file, server, base_model))
+    file, chosen = out or Path(f"{clinic}.afya"), cli.chosen(values)
+    told = _run(lambda: invitations.invite(_link(certs, state), clinic, file, server, base_model, chosen))
     when = "is registered" if told else "will be registered when the server starts"
     click.echo(f"Wrote {file}; the key of {clinic} {when}.")
     click.echo(f"Hand it over in person: it holds the clinic's password. There: afya-client join {file.name}")

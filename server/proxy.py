@@ -9,6 +9,7 @@ Not covered: limiting how often one address may call; put a firewall in front fo
 
 import asyncio
 import contextlib
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
@@ -43,7 +44,8 @@ MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; array
 MAX_ANNOUNCED = 256 << 10  # bytes of an announced reply: 3,800 parts, 480 MB in such chunks, seconds of the database
 BUSY = (1.0, 2.0, 4.0)  # seconds between repeats while the SuperLink's database is locked, which it answers with 500
 BODY_SECONDS = 60.0  # longest wait for the next piece each way: a clinic's line may be slow, not silent
-CONNECTIONS = 64  # open connections at once: with MAX_BODY half a gigabyte at the very worst
+CALLS_AT_ONCE = 64  # the others wait: with MAX_BODY half a gigabyte at the very worst
+CONNECTIONS = 4096  # open at once, most of them idle: every clinic's client keeps one
 _HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
@@ -81,7 +83,8 @@ class FleetProxy:
         self.heard = heard
         self.announcing = asyncio.Lock()  # one announcement at a time: each is one long transaction
         context = ssl.create_default_context(cafile=str(ca))
-        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
+        self.turn = asyncio.Semaphore(CALLS_AT_ONCE)
+        limits = httpx.Limits(max_connections=CALLS_AT_ONCE, max_keepalive_connections=32)
         timeout = httpx.Timeout(300.0, connect=10.0)
         self.client = httpx.AsyncClient(verify=context, limits=limits, timeout=timeout, trust_env=False)
 
@@ -116,13 +119,14 @@ class FleetProxy:
         declared, most = dict(scope["headers"]).get(b"content-length", b"0"), _most(known)
         if not declared.isdigit() or int(declared) > most:
             return await _answer(send, 413, "The body is too large.")
-        try:
-            body = b"".join([piece async for piece in _pieces(receive, most)])
-        except _TooLarge:
-            return await _answer(send, 413, "The body is too large.")
-        except _Gone:
-            return await _answer(send, 408, "The body did not arrive.")
-        await self._forward(known, headers, body, send)
+        async with self.turn:
+            try:
+                body = b"".join([piece async for piece in _pieces(receive, most)])
+            except _TooLarge:
+                return await _answer(send, 413, "The body is too large.")
+            except _Gone:
+                return await _answer(send, 408, "The body did not arrive.")
+            await self._forward(known, headers, body, send)
 
     async def _forward(self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, send: Send) -> None:
         """Send the call to the SuperLink and its answer back; 502 when the SuperLink is not there."""
@@ -215,10 +219,19 @@ async def _answer(send: Send, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode()})
 
 
+def _allow_files(wanted: int) -> None:
+    """Raise how many files and connections this process may have open, as far as it may."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), most))
+
+
 def server(app: FleetProxy, host: str, port: int, certificate: Path, key: Path) -> Any:
     """A uvicorn server, not yet running, that offers `app` over TLS 1.3 only."""
     import uvicorn
 
+    _allow_files(2 * CONNECTIONS)
     config = uvicorn.Config(
         app,
         host=host,

@@ -6,7 +6,6 @@ candidate is good enough (`server.candidate`) and the order of things (`server.p
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ from server.strategy import plain
 
 INSTALL, EXAMINE = MessageType.QUERY, MessageType.EVALUATE
 FOLDER = "releases"
+LAST_ROUNDS, LAST_ROWS = 20, 200  # of the evidence: it travels to every clinic, and rounds go on for years
 
 
 def evidence(checkpoint: RoundCheckpoint) -> dict[str, Any]:
-    """What is known about the adapter of a checkpoint, in plain values."""
+    """What is known about the adapter of a checkpoint, in plain values; of rounds and refusals the last ones."""
     rows = [row for row in checkpoint.history if row["changed"]]
+    rejected = [{"round": row["round"], **entry} for row in checkpoint.history for entry in row["rejected"]]
     return {
         "round": checkpoint.round,
         "updates": checkpoint.updates,
@@ -32,19 +33,19 @@ def evidence(checkpoint: RoundCheckpoint) -> dict[str, Any]:
         "rank": checkpoint.spec.rank,
         "alpha": checkpoint.spec.alpha,
         "contributed": sorted({entry["clinic"] for row in rows for entry in row["accepted"]}),
-        "last_round": {"accepted": [asdict(row) for row in checkpoint.accepted]},
-        "rejected": [{"round": row["round"], **entry} for row in checkpoint.history for entry in row["rejected"]],
+        "last_round": {"accepted": [{"clinic": row.clinic, "examples": row.examples} for row in checkpoint.accepted]},
+        "rejected": rejected[-LAST_ROWS:],
+        "rejected_in_all": len(rejected),
         "loss": [
             {"round": row["round"], "before": _mean(row, "loss-before"), "after": _mean(row, "loss-after")}
-            for row in rows
+            for row in rows[-LAST_ROUNDS:]
         ],
-        "config": checkpoint.config,
     }
 
 
 def _mean(row: dict[str, Any], key: str) -> float | None:
     """Weighted mean of one metric over the clinics of a round that sent it."""
-    known = [(entry["weight"], entry["metrics"][key]) for entry in row["accepted"] if key in entry["metrics"]]
+    known = [(entry["weight"], entry["metrics"][key]) for entry in row["accepted"] if key in entry.get("metrics", {})]
     return sum(w * v for w, v in known) / sum(w for w, _ in known) if known else None
 
 

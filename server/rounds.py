@@ -129,13 +129,14 @@ class Federation:
         start = self.clock()
         factor = factors_of_round(self.settings.aggregation, before.updates)
         there = self._clinics(start)
+        asked_at = self.clock()
         clinics = there if len(there) >= self.settings.quorum else {}  # training in vain costs, and may cost privacy
         ask = self._ask(number, factor, before, clinics)
         self.events.add("round", round=number, factor=factor, lr=ask.lr, clinics=sorted(clinics.values()))
         spool = Spool(self.root / "incoming")
         spool.clear()
         gate = Gate(ask, spool)
-        self._collect(gate, start)
+        self._collect(gate, asked_at)
         for late in gate.silent(self.silence):
             self.events.add("rejected", round=number, clinic=late.clinic, reason=late.reason)
         after = self._conclude(gate, before, start)
@@ -146,11 +147,11 @@ class Federation:
         return after
 
     def _clinics(self, start: float) -> dict[int, str]:
-        """Connected nodes and their registered names; waits for a quorum, at most until the round's deadline."""
+        """Connected nodes and their registered names; waits for a quorum, for at most `wait_hours`."""
         told: list[str] | None = None
         while True:
             found = self.link.clinics()
-            names, left = sorted(found.values()), self.settings.round_deadline - (self.clock() - start)
+            names, left = sorted(found.values()), 3600 * self.settings.wait_hours - (self.clock() - start)
             if len(found) >= self.settings.quorum or left <= 0:
                 return found
             if names != told:
@@ -166,14 +167,15 @@ class Federation:
         cap = s.max_update_norm or norm_cap(lr, s.local_steps, reach)
         return Ask(number, factor, wire.rounded(before.state), before.spec, clinics, lr, cap)
 
-    def _collect(self, gate: Gate, start: float) -> None:
+    def _collect(self, gate: Gate, asked_at: float) -> None:
         """Send the round's message and take replies one by one until all are there or the deadline is over."""
         ask, s = gate.ask, self.settings
         config = asked(ask, s)
         arrays = {wire.key(factor): Array(wire.pack(ask.state, factor)) for factor in wire.FACTORS}
         content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
-        left = s.round_deadline - (self.clock() - start)
-        for node, reply in self.exchange(content, MessageType.TRAIN, ask.clinics, ask.round, left):
+        left = s.round_deadline - (self.clock() - asked_at)
+        replies = self.exchange(content, MessageType.TRAIN, ask.clinics, ask.round, left) if ask.clinics else ()
+        for node, reply in replies:
             got = gate.unreadable(node, reply) if isinstance(reply, Exception) else gate.take(node, reply)
             if isinstance(got, Rejection):
                 self.events.add("rejected", round=ask.round, clinic=got.clinic, reason=got.reason)
@@ -201,20 +203,29 @@ class Federation:
             bytes_up=sum(update.bytes for update in updates),
         )
         if enough:
-            scale = before.spec.alpha / before.spec.rank
+            return self._combined(updates, ask, before, base)
+        rules = f" (min-clinics {s.min_clinics}, trim {s.trim}, set-aside {s.set_aside})"
+        why = rules if s.quorum > s.min_clinics else ""
+        reason = f"{len(updates)} accepted replies, fewer than the quorum of {s.quorum}{why}: unchanged"
+        return self._noted(before, replace(base, reason=reason))
+
+    def _combined(
+        self, updates: list[Update], ask: Ask, before: RoundCheckpoint, base: RoundCheckpoint
+    ) -> RoundCheckpoint:
+        """`base` with what the updates make of the factors."""
+        s, scale = self.settings, before.spec.alpha / before.spec.rank
+        try:
             found = aggregate(updates, ask.state, mode=s.aggregation, cut=s.trim, aside=s.set_aside, scale=scale)
-            base = replace(base, rejected=base.rejected + found.aside)
-            for odd in found.aside:
-                self.events.add("set-aside", round=ask.round, clinic=odd.clinic, reason=odd.reason)
-            reason = f"{len(found.accepted)} of {len(ask.clinics)} replies aggregated"
-            base = replace(base, state=found.state, accepted=found.accepted, quality=found.quality)
-            base = replace(base, updates=before.updates + 1, reason=reason)
-        else:
-            rules = f" (min-clinics {s.min_clinics}, trim {s.trim}, set-aside {s.set_aside})"
-            why = rules if s.quorum > s.min_clinics else ""
-            reason = f"{len(updates)} accepted replies, fewer than the quorum of {s.quorum}{why}: unchanged"
-            base = replace(base, reason=reason)
-        return replace(base, history=(*before.history, store.summary(base)))
+        except adapters.AdapterRejected as error:
+            return self._noted(before, replace(base, changed=False, reason=f"{error} Unchanged."))
+        for odd in found.aside:
+            self.events.add("set-aside", round=ask.round, clinic=odd.clinic, reason=odd.reason)
+        reason = f"{len(found.accepted)} of {len(ask.clinics)} replies aggregated"
+        base = replace(base, rejected=base.rejected + found.aside, updates=before.updates + 1, reason=reason)
+        return self._noted(before, replace(base, state=found.state, accepted=found.accepted, quality=found.quality))
+
+    def _noted(self, before: RoundCheckpoint, after: RoundCheckpoint) -> RoundCheckpoint:
+        return replace(after, history=store.history(before.history, after))
 
 
 def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:

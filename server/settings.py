@@ -46,6 +46,9 @@ class Settings:
     )
     min_clinics: int = _setting(2, "accepted replies below which a round changes nothing", 1, 10_000)
     round_deadline: float = _setting(3600.0, "seconds after which a round goes on without the missing", 1, 604_800)
+    wait_hours: float = _setting(
+        72.0, "hours a round waits for min-clinics to be there, before it counts as one that changed nothing", 0, 8760
+    )
     release_every: int = _setting(0, "release to the clinics every n rounds; 0: at the end only", 0, 10_000)
     max_update_norm: float = _setting(0.0, "cap on the norm of an update; 0: rate x steps x sqrt(values)", 0, 1e9)
     gate: str = _setting(

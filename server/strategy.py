@@ -1,9 +1,9 @@
 """The gate in front of aggregation: which replies count, with which weight, and what a round makes of them.
 
-A reply counts only if it has exactly the arrays that were asked for, finite, of this round, within the norm cap, with a
-believable number of examples. Anything else becomes a Rejection with its reason and never ends the run. The
-arithmetic is in `server.aggregate`. Poison that looks like training within the cap is for the robust rules there, which
-are off by default, and for `server.release`, which keeps the evidence for a person.
+A reply counts only if it has exactly the arrays that were asked for, finite, of this round, within the norm cap, with
+believable numbers of examples and patients. Anything else becomes a Rejection with its reason and never ends the run.
+The arithmetic is in `server.aggregate`. Poison that looks like training within the cap is for the robust rules there,
+which are off by default, and for `server.release`, which keeps the evidence for a person.
 """
 
 import math
@@ -22,7 +22,7 @@ from server.spool import Spool
 MAX_EXAMPLES = 1_000_000  # more than any clinic's training folder holds; above it the number is not believed
 MAX_METRIC = 1e300  # a whole number beyond it, which a stick can carry, is no number for a chart or a sum
 MAX_METRICS = 64  # entries of a metric record; more is noise or an attempt to fill the disk
-WEIGHT_CAP = 2.0  # times the lower median number of examples: one large hospital must not own the model
+WEIGHT_CAP = 2.0  # times the lower median number of patients: one large hospital must not own the model
 REASON_LENGTH = 300  # characters of a clinic's own words that are kept
 
 
@@ -54,6 +54,7 @@ class Update:
     clinic: str
     arrays: State
     examples: int
+    cases: int  # patients, or pictures where patients are not known: what it weighs
     norm: float
     bytes: int
     metrics: dict[str, float]
@@ -119,17 +120,19 @@ class Gate:
         if set(content.array_records) != {"arrays"} or set(content.metric_records) != {"metrics"}:
             raise AdapterRejected("the reply does not hold one array record and one metric record")
         metrics = _metrics(content.metric_records["metrics"])
-        examples = _examples(content.metric_records["metrics"])
+        examples = _count(content.metric_records["metrics"], "num-examples", MAX_EXAMPLES)
+        cases = _count(content.metric_records["metrics"], "num-cases", examples)
         if metrics.get("server-round") != self.ask.round:
             raise AdapterRejected(f"the reply is of round {metrics.get('server-round')}, not of round {self.ask.round}")
         arrays = wire.unpack(content.array_records["arrays"], self.ask.shapes(), tuple(self.ask.factor))
+        wire.rounded(arrays)  # a value beyond 16 bits could not be sent on
         norm = _distance(arrays, self.ask.state)
         if norm > self.ask.max_norm:
             raise AdapterRejected(f"the update's norm {norm:.3g} is above the cap of {self.ask.max_norm:.3g}")
         size = wire.arrived_bytes(content.array_records["arrays"])
         if self._spool is not None:
             arrays = self._spool.put(node, arrays)
-        return Update(node, clinic, arrays, examples, norm, size, metrics)
+        return Update(node, clinic, arrays, examples, cases, norm, size, metrics)
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -143,10 +146,10 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _examples(record: Mapping[str, Any]) -> int:
-    value = record.get("num-examples")
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXAMPLES:
-        raise AdapterRejected(f"num-examples is {str(value)[:40]}, expected a whole number from 1 to {MAX_EXAMPLES}")
+def _count(record: Mapping[str, Any], name: str, most: int) -> int:
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise AdapterRejected(f"{name} is {str(value)[:40]}, expected a whole number from 1 to {most}")
     return value
 
 
@@ -164,13 +167,13 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:REASON_LENGTH]
 
 
-def shares(examples: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
-    """Share of each clinic in the mean: its examples, at most `cap` times the lower median, divided by the sum.
+def shares(cases: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
+    """Share of each clinic in the mean: its patients, at most `cap` times the lower median, divided by the sum.
 
     The lower one: of two clinics the median is their mean, twice of which bounds neither.
     """
-    limit = cap * float(sorted(examples)[(len(examples) - 1) // 2])
-    capped = [min(float(n), limit) for n in examples]
+    limit = cap * float(sorted(cases)[(len(cases) - 1) // 2])
+    capped = [min(float(n), limit) for n in cases]
     return [n / sum(capped) for n in capped]
 
 
@@ -200,22 +203,24 @@ def aggregate(
     """Combine the updates in node order, so that arrival plays no part; `scale` is alpha / rank, for the figures.
 
     `aside` updates, the furthest from the others, are left out first (`server.aggregate.multi_krum`), then values are
-    trimmed by `cut`. Raises ValueError without any update, or with too few for either.
+    trimmed by `cut`. Raises ValueError without any update, or with too few for either, and AdapterRejected where the
+    result is beyond what 16 bits hold.
     """
     ordered = sorted(updates, key=lambda update: update.node)
     kept = aggregation.multi_krum(before, [u.arrays for u in ordered], aside) if aside else range(len(ordered))
     odd = "its update is the furthest from the others' (Multi-Krum)"
     left_out = tuple(Rejection(u.clinic, odd) for place, u in enumerate(ordered) if place not in kept)
     ordered = [ordered[place] for place in kept]
-    weights = shares([update.examples for update in ordered], cap) if ordered else []
+    weights = shares([update.cases for update in ordered], cap) if ordered else []
     replies = [update.arrays for update in ordered]
     state, discarded = aggregation.combine(mode, before, replies, weights, cut=cut)
     if cut:
         weights = [1 / len(ordered)] * len(ordered)
     found = aggregation.fit(before, state, replies, weights, scale)
+    rounding = aggregation.fit(before, wire.rounded(state), [state], [1.0], scale)[""].error
     rows = zip(ordered, weights, strict=True)
-    accepted = tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics) for u, w in rows)
-    return Outcome(state, accepted, aggregation.describe(found, mode, discarded), left_out)
+    accepted = tuple(Contribution(u.clinic, u.examples, w, u.norm, u.bytes, u.metrics, u.cases) for u, w in rows)
+    return Outcome(state, accepted, aggregation.describe(found, mode, discarded, rounding), left_out)
 
 
 def norm_cap(lr: float, steps: int, elements: float) -> float:

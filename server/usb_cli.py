@@ -40,8 +40,8 @@ def export_round(file: Path, folder: Path, state: Path, out: Path | None, values
     from server.alone import alone
     from server.link import Link
 
-    root, given = (out or state / "rounds").resolve(), dict(cli._value(text) for text in values)
-    config = {**cli.so_far(root, given), **given, "checkpoint-dir": str(root)}
+    root, given = (out or state / "rounds").resolve(), cli.chosen(values)
+    config = {**_guard(lambda: cli.so_far(root, given)), **given, "checkpoint-dir": str(root)}
     chosen = _guard(lambda: settings.read(config))
 
     def write() -> tuple[int, bool]:

@@ -100,7 +100,9 @@ def test_a_fingerprint_tells_any_change_of_what_a_clinic_holds(tmp_path: Path) -
 def test_a_lie_is_another_reply_than_the_honest_one(name: str) -> None:
     def content(vector: np.ndarray, **metrics: int) -> RecordDict:
         records = {"arrays": ArrayRecord({"lora_A": Array(vector)}), "config": ConfigRecord({"server-round": 3})}
-        return RecordDict({**records, "metrics": MetricRecord({"num-examples": 12, "server-round": 3})})
+        return RecordDict(
+            {**records, "metrics": MetricRecord({"num-examples": 12, "num-cases": 12, "server-round": 3})}
+        )
 
     asked, honest = content(np.ones(8, np.float16)), content(np.full(8, 1.5, np.float16))
     if name == "a trainer that breaks":

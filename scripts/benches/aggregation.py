@@ -78,7 +78,7 @@ def case(work: Path, preset: str, rank: int, mode: str, number: int) -> dict[str
         }
         arrays = wire.rounded(arrays)
         size = wire.packed_bytes(arrays, factor)
-        updates.append(Update(node, f"clinic {node}", spool.put(node, arrays), 100, 1.0, size, {}))
+        updates.append(Update(node, f"clinic {node}", spool.put(node, arrays), 100, 100, 1.0, size, {}))
     memory.reset_highest()
     began = time.perf_counter()
     outcome = aggregate(updates, before, mode=mode, scale=2.0)

@@ -77,9 +77,10 @@ LIES: dict[str, Lie] = {
     "a longer vector": _changed("", lambda before, after: np.append(after, np.float32(0))),
     "other keys": Lie("keys", _renamed),
     "10^9 examples": _told("num-examples", num_examples=10**9),
+    "more patients than examples": _told("num-cases", num_cases=10**6),
     "an older round": Lie("round", _older),
     "a trainer that breaks": Lie("failed", _broken),
     "sign flipped, within the cap": _changed("", lambda before, after: before - (after - before)),
-    "a million examples": _told("", num_examples=1_000_000),
+    "a million patients": _told("", num_examples=1_000_000, num_cases=1_000_000),
 }
-PASSING = ("sign flipped, within the cap", "a million examples")
+PASSING = ("sign flipped, within the cap", "a million patients")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, RecordDict
 
-from client import app, limits, trainer
-from model import adapters, phantoms, wire
+from client import app, courtesy, limits, sealed, trainer
+from model import adapters, installed, phantoms, wire
 from server import release, rounds
 from tests.client.clinic import fill, request
 from tests.server import fakes
@@ -124,7 +124,16 @@ def test_arrays_that_are_not_what_they_say_are_refused(clinic: Path, tiny: Path,
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("max_steps = 'many'", "max_steps"), ("unknown = 1", "unknown"), ("][", "afya.toml")]
+    ("text", "word"),
+    [
+        ("max_steps = 'many'", "max_steps"),
+        ("unknown = 1", "unknown"),
+        ("][", "afya.toml"),
+        ("targets = 'decoder('", "targets"),
+        ("min_steps = 0", "min_steps is 0"),
+        ("min_cases = 0", "min_cases is 0"),
+        ("threads = -1", "threads is -1"),
+    ],
 )
 def test_a_clinic_with_wrong_settings_trains_nothing(
     clinic: Path, tiny: Path, state: adapters.State, text: str, word: str
@@ -133,6 +142,20 @@ def test_a_clinic_with_wrong_settings_trains_nothing(
     assert word in reason(app.train_reply(request(tiny, state), clinic))
     with pytest.raises(limits.SettingsWrong):
         limits.read_limits(clinic)
+
+
+def test_a_request_that_is_refused_marks_no_picture_as_trained_on(
+    clinic: Path, tiny: Path, state: adapters.State
+) -> None:
+    def trained() -> list[str]:
+        file = clinic / sealed.FILE
+        return list(json.loads(file.read_bytes())["trained"]) if file.exists() else []
+
+    for odd in ({"base_sha256": "0" * 64}, {"local_steps": 10**6}, {"lr": 1e3}):
+        assert reason(app.train_reply(request(tiny, state, **odd), clinic))
+        assert trained() == []
+    assert set(app.train_reply(request(tiny, state), clinic)) == {"arrays", "metrics"}
+    assert trained()
 
 
 def released(tmp_path: Path, tiny: Path) -> tuple[Path, RecordDict]:
@@ -165,6 +188,9 @@ def test_a_release_that_is_not_sound_is_refused_and_the_old_one_stays(tmp_path: 
         "other hash": ("config", "sha256", "0" * 64),
         "for the base": ("config", "base-sha256", "0" * 64),
         "readable": ("config", "evidence", "{"),
+        "no record": ("config", "evidence", "[" * 50_000),
+        "at most": ("config", "evidence", '{"round": 3, "a": "' + "x" * installed.MAX_RELEASE + '"}'),
+        "round of a release": ("config", "evidence", '{"round": 1000000000000000000}'),
         "finite": ("arrays", name, Array(np.full_like(array, np.inf))),
         "shape": ("arrays", name, Array(array[:1])),
     }
@@ -190,6 +216,9 @@ def test_an_update_of_too_few_steps_does_not_leave_when_the_time_is_over(
     with open(clinic / "afya.toml", "a") as file:
         file.write('hours = "22:00-06:00"\n')
     last = datetime.datetime(2026, 3, 2, 5, 59, 59, 999_000)
+    words = reason(app.train_reply(request(tiny, state), clinic, last))
+    assert words == "training stopped: the time for training ran out"
+    monkeypatch.setattr(courtesy.Courtesy, "pause", lambda self: None)
     words = reason(app.train_reply(request(tiny, state), clinic, last))
     assert words == "training stopped: the time was over before the pictures were looked at"
     prepare = trainer.prepare

@@ -141,6 +141,25 @@ def test_waiting_ends_with_the_time_for_training(afya_home: Path) -> None:
     watch.pause()  # told once; what is left to do is done
 
 
+def test_the_deadline_holds_within_a_step_though_nobody_asks(afya_home: Path, tiny: Path) -> None:
+    now = [0.0]
+    watch = Courtesy(afya_home, clock=lambda: now[0])
+    watch.deadline = 5.0
+    watch.pause()
+    now[0] = 5.1
+    with pytest.raises(TimeOver):
+        watch.pause()
+    samples, start = phantoms.make(3, ["plain"], seed=2, size=48), adapters.initial(tiny, 2, 8.0, "decoder", 0)
+    watch = Courtesy(afya_home)
+
+    def late(step: int, steps: int, loss: float) -> None:
+        if step == 3:
+            watch.deadline = 0.0  # within the next step
+
+    done = trainer.train(samples, tiny, start, steps=50, courtesy=watch, progress=late)
+    assert done.steps == 3 and done.loss_after == done.losses[-1]
+
+
 def test_the_priority_only_goes_down() -> None:
     program = "from client.courtesy import be_nice; import os; be_nice(7); be_nice(3); print(os.nice(0))"
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)

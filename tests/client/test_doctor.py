@@ -5,8 +5,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from client import contact, doctor, node
+from client.cli import main
 from model import adapters
 from model.llava import base_sha256
 from scripts.federation import free_ports
@@ -61,7 +63,7 @@ def test_an_address_that_leads_nowhere_is_told_apart(
 ) -> None:
     assert "refuses connections" in look(afya_home, f"127.0.0.1:{free_ports(1)[0]}", made)["server"].detail
     assert "name in no-such-host.invalid" in look(afya_home, "no-such-host.invalid:1", made)["server"].detail
-    for wrong in ("hub", ":1", "hub:x", "hub:99999"):
+    for wrong in ("hub", ":1", "hub:x", "hub:99999", "server..example.org:8443", f"{'a' * 64}.example.org:8443"):
         assert "is not HOST:PORT" in look(afya_home, wrong, made)["server"].detail
     monkeypatch.setattr(contact, "SECONDS", 0.2)
     with servers.socket.create_server(("127.0.0.1", 0)) as silent:  # listens, and never answers
@@ -69,6 +71,17 @@ def test_an_address_that_leads_nowhere_is_told_apart(
         assert "does not answer within" in look(afya_home, address, made)["server"].detail
     with servers.plain(b"") as hangs_up:
         assert not look(afya_home, hangs_up, made)["server"].ok
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("client = 5\n", "client is no table"), ("[client]\nserver = 'hub:1'\nport = 'abc'\n", "port is 'abc'")],
+)
+def test_odd_settings_are_said_in_a_sentence(afya_home: Path, text: str, words: str) -> None:
+    (afya_home / "afya.toml").write_text(text)
+    done = CliRunner().invoke(main, ["doctor"])
+    assert done.exit_code == 1 and words in done.output and "Traceback" not in done.output
+    assert not isinstance(done.exception, (AttributeError, ValueError))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -12,12 +14,14 @@ from client.cli import main
 from model.llava import base_sha256
 from scripts.federation import free_ports
 from server import certs, link
+from server import checkpoint as store
 from server import invite as invitations
 from server.cli import main as server_main
 from tests.client.clinic import fill
+from tests.server import fakes
 
 
-def invite(folder: Path, clinic: str, base: Path, **options: str) -> Path:
+def invite(folder: Path, clinic: str, base: Path, **options: Any) -> Path:
     """An invitation from a coordinator whose server does not run."""
     certs.make(folder / "certs", [], ["hub.example", "10.0.0.7"])
     side = link.Link(folder / "certs", folder / "state", free_ports(1)[0])
@@ -78,7 +82,9 @@ def test_a_changed_file_is_refused(tmp_path: Path, afya_home: Path, tiny: Path, 
     assert not (afya_home / "federation").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"format": "afya-invitation"}', "x" * 70_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", '{"format": "afya-invitation"}', "x" * 70_000, "[" * 60_000]
+)
 def test_a_file_that_is_no_invitation_is_refused(tmp_path: Path, afya_home: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
     done = call("join", str(tmp_path / "f"))
@@ -132,10 +138,29 @@ def test_what_the_federation_plans_is_held_against_limits_and_base(tmp_path: Pat
     record = json.loads(path.read_bytes())
     path.write_text(json.dumps({**record, "server": "127.0.0.1:1", "base_sha256": "0" * 64}))
     found = {check.name: check for check in doctor.examine(afya_home, node.connection(afya_home))}
-    assert not found["limits"].ok and "rank 8 (here 1 to 4)" in found["limits"].detail
+    assert found["limits"].ok and found["limits"].note and "rank 8 (here 1 to 4)" in found["limits"].detail
     assert "lr 0.002" in found["limits"].detail
     assert not found["base model"].ok and "not 000000000000" in found["base model"].detail
     assert found["keys"].ok
+
+
+def test_a_plan_is_what_the_last_round_asked_or_what_the_coordinator_says(
+    tmp_path: Path, afya_home: Path, tiny: Path
+) -> None:
+    fill(afya_home, [], tiny, 'max_steps = 30\ntargets = "projector"\n')
+    store.save(
+        tmp_path / "state" / "rounds",
+        replace(fakes.first(), config={"local_steps": 24, "targets": "decoder+projector"}),
+    )
+    file = invite(tmp_path, "lakeside", tiny)
+    plan = json.loads(file.read_bytes())["plan"]
+    assert (plan["local-steps"], plan["targets"], plan["batch-size"]) == (24, "decoder+projector", 16)
+    invitation.unpack(afya_home, invitation.read(file))
+    limits_ = next(check for check in doctor.examine(afya_home, None) if check.name == "limits")
+    assert limits_.note and "local-steps" not in limits_.detail
+    assert "targets decoder+projector (here not decoder)" in limits_.detail
+    told = invite(tmp_path, "hilltop", tiny, chosen={"local-steps": 99})
+    assert json.loads(told.read_bytes())["plan"]["local-steps"] == 99
 
 
 def test_a_folder_from_the_coordinator_still_works(tmp_path: Path, afya_home: Path) -> None:

@@ -45,6 +45,13 @@ def test_epsilon_is_that_of_another_accountant_within_one_percent(
     assert ledger.epsilon(ledger.read(afya_home), delta) == spent
 
 
+def test_a_round_of_no_steps_is_refused_and_locks_nothing(afya_home: Path) -> None:
+    with pytest.raises(Refused, match="nothing was trained"):
+        ledger.charge(afya_home, cost(steps=0), 8.0, 1e-5)
+    ledger.charge(afya_home, cost(), 8.0, 1e-5)
+    assert len(ledger.read(afya_home)) == 1
+
+
 @pytest.mark.parametrize("order", [1.8, 2.5, 4.0, 11.5])
 def test_the_accountant_is_exact_at_every_order(order: float) -> None:
     """Against the integral itself (Mironov, Talwar and Zhang 2019, arXiv:1908.10530), one step of rate q."""
@@ -190,7 +197,7 @@ def test_a_folder_that_another_program_holds_is_refused_after_a_while(
 def test_marks_of_rounds_side_by_side_are_all_kept_under_one_key(afya_home: Path) -> None:
     blank = np.zeros((4, 4, 3), np.uint8)
     rows = [[Sample(f"{n}", blank, "Is it?", "yes", "closed", f"p{n}", "kiosk")] for n in range(12)]
-    threads = [threading.Thread(target=sealed.open_to_training, args=(afya_home, row)) for row in rows]
+    threads = [threading.Thread(target=sealed.note_training, args=(afya_home, row)) for row in rows]
     for thread in threads:
         thread.start()
     for thread in threads:

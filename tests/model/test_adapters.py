@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import adapters, installed
+from model import adapters, installed, passport
 from model.adapters import AdapterRejected
 from tests.model.signed import TRAPS, adapter, at_once, pipe, put
 
@@ -132,6 +132,24 @@ def test_initial_starts_without_effect_and_depends_on_the_seed_only(tiny: Path) 
     assert len(whole) == 2 * (2 * 7 + 2 + 2 * 6)
 
 
+def test_targets_that_are_no_expression_are_refused(tiny: Path) -> None:
+    with pytest.raises(adapters.AdapterRejected, match=r"are no expression .* try decoder"):
+        adapters.initial(tiny, 2, 8.0, "decoder(", 0)
+
+
+@pytest.mark.parametrize("number", [-1, 10**18, "3", 1.5, None, True])
+def test_a_round_that_cannot_be_changes_nothing(tmp_path: Path, number: object) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    adapters.save(tmp_path / "a", *small())
+    first = adapters.install(home, tmp_path / "a", evidence={"round": 1})
+    with pytest.raises(adapters.AdapterRejected, match="round of a release"):
+        adapters.install(home, tmp_path / "a", evidence={"round": number})
+    assert [path.name for path in (home / "adapters").glob("round-*")] == [first]
+    now = adapters.current(home)
+    assert now is not None and now.name == first
+
+
 def test_targets_that_match_nothing_are_refused(tiny: Path) -> None:
     with pytest.raises(AdapterRejected, match="matches the targets"):
         adapters.initial(tiny, 4, 8, r"no\.such\.layer", 0)
@@ -243,11 +261,12 @@ def test_a_pointer_or_a_note_of_any_other_kind_is_refused_in_a_sentence(tmp_path
     (home / "adapters" / "round-\x1b[2J").mkdir()
     for text in ("[]", '{"round": null}', "[" * 60_000, "{"):
         (place / adapters.RELEASE).write_text(text)
-        assert [(row.name, adapters.RELEASE in (row.problem or "")) for row in installed.listing(home)] == [
-            (place.name, True)
+        assert [(row.name, row.round, row.problem) for row in installed.listing(home)] == [
+            (place.name, good["round"], passport.UNSIGNED)
         ]
-    pipe(place / adapters.RELEASE)
-    assert at_once(lambda: installed.listing(home))[0].problem
+    pipe(place / adapters.RELEASE)  # nobody reads that file to go back
+    assert at_once(lambda: installed.listing(home))[0].problem == passport.UNSIGNED
+    assert at_once(lambda: installed.rollback(home, place.name)) == place.name
 
 
 def test_rollback_goes_to_no_adapter_whose_files_were_changed(tmp_path: Path) -> None:

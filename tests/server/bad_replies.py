@@ -29,6 +29,10 @@ def _examples(value: object, step: float = 0.01) -> Bad:
     return lambda node, message: reply(moved(message, step), asked(message)[0], value)
 
 
+def _cases(value: object) -> Bad:
+    return lambda node, message: reply(moved(message, 0.01), asked(message)[0], **{"num-cases": value})
+
+
 def _npy(header: str, body: bytes) -> bytes:
     text = header.encode()
     text += b" " * (63 - (len(text) + 10) % 64) + b"\n"
@@ -97,6 +101,10 @@ BAD: dict[str, tuple[Bad, str]] = {
     "examples NaN": (_examples(float("nan")), "num-examples"),
     "examples 3.5": (_examples(3.5), "num-examples"),
     "examples a list": (_examples([1, 2]), "num-examples"),
+    "no patients": (_cases(0), "num-cases"),
+    "more patients than examples": (_cases(11), "num-cases"),
+    "patients NaN": (_cases(float("nan")), "num-cases"),
+    "beyond 16 bits": (_changed(lambda a: np.full_like(a, 1e5)), "16 bits"),
     "another key": (_keys, "keys"),
     "the other factor": (_other_factor, "keys"),
     "one record more": (_records, "record"),

@@ -49,7 +49,7 @@ def replace_first(state: adapters.State, spec: adapters.AdapterSpec) -> RoundChe
 def settings(root: Path, base: Path, **values: Any) -> Settings:
     """Settings for a run in a test: rank 2, quorum 3, short deadline."""
     chosen = {"checkpoint_dir": str(root), "base_model": str(base), "rank": 2, "min_clinics": 3, "round_deadline": 60.0}
-    return Settings(**{**chosen, **values})
+    return Settings(**{**chosen, "wait_hours": 60 / 3600, **values})
 
 
 def asked(message: Message) -> tuple[int, str, dict[str, np.ndarray]]:
@@ -63,7 +63,8 @@ def asked(message: Message) -> tuple[int, str, dict[str, np.ndarray]]:
 def reply(arrays: dict[str, Any], number: int, examples: object = 10, **metrics: object) -> RecordDict:
     """A reply as an honest clinic sends it; `arrays` may hold Flower Arrays or NumPy arrays."""
     record = ArrayRecord({n: a if isinstance(a, Array) else Array(np.asarray(a)) for n, a in arrays.items()})
-    values: Any = {"num-examples": examples, "server-round": number, "loss-before": 2.0, "loss-after": 1.0, **metrics}
+    values: Any = {"num-examples": examples, "num-cases": examples, "server-round": number, **metrics}
+    values = {"loss-before": 2.0, "loss-after": 1.0, **values}
     return RecordDict({"arrays": record, "metrics": MetricRecord(values)})
 
 

@@ -104,6 +104,22 @@ def test_a_fleet_call_passes_unchanged(tmp_path: Path) -> None:
     through(tmp_path, talk)
 
 
+def test_many_clinics_keep_their_connections_and_only_some_calls_at_a_time_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "CALLS_AT_ONCE", 8)
+
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        context = client._transport._pool._ssl_context  # type: ignore[attr-defined]
+        lines = [httpx.AsyncClient(verify=context, trust_env=False, timeout=60) for _ in range(80)]
+        for _ in range(2):  # the second time over connections that were kept
+            answers = await asyncio.gather(*(one.post(f"{base}/v1/fleet/get-run", content=b"x") for one in lines))
+            assert [answer.status_code for answer in answers] == [200] * len(lines)
+        await asyncio.gather(*(one.aclose() for one in lines))
+
+    through(tmp_path, talk)
+
+
 def test_only_calls_that_the_superlink_accepts_are_a_sign_of_life(tmp_path: Path) -> None:
     told: list[bytes] = []
 

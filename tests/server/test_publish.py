@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from model import adapters, exam, passport
 from model.exam import Marks
 from server import checkpoint as store
-from server import events, publish, rounds, signing
+from server import events, publish, release, rounds, signing
 from server.settings import SettingsRejected
 from tests.server import fakes
 from tests.server.fakes import Clock, FakeGrid, honest
@@ -124,6 +124,18 @@ def test_without_evidence_the_setting_decides_and_the_passport_says_so(tmp_path:
     run(tmp_path, tiny, silent, num_server_rounds=3, gate="off")
     assert "evaluate" not in {message.metadata.message_type for message in silent.sent[before:]}
     assert "gate is off" in record(tmp_path, 3)["summary"]
+
+
+def test_what_travels_with_a_release_does_not_grow_with_the_rounds() -> None:
+    away = [{"clinic": f"clinic-{n}", "reason": "no reply before the deadline"} for n in range(40)]
+    came = [{"clinic": "north", "weight": 1.0, "metrics": {"loss-before": 2.0, "loss-after": 1.0}}]
+    rows = tuple({"round": n, "changed": True, "accepted": came, "rejected": away} for n in range(1, 3001))
+    found = release.evidence(
+        dataclasses.replace(fakes.first(), round=3000, history=rows, config={"signing_key": "/secret"})
+    )
+    assert len(json.dumps(found)) < 30_000 and "secret" not in json.dumps(found)
+    assert found["rejected_in_all"] == 120_000 and found["rejected"][-1]["round"] == 3000
+    assert found["contributed"] == ["north"] and [row["round"] for row in found["loss"]] == list(range(2981, 3001))
 
 
 def test_a_refusal_stays_when_nobody_can_examine_again(tmp_path: Path, tiny: Path) -> None:

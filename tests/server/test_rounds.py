@@ -12,8 +12,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from model import adapters, wire
+from server import aggregate, events, rounds
 from server import checkpoint as store
-from server import events, rounds
 from server.settings import SettingsRejected
 from tests.conftest import REPOSITORY
 from tests.server import fakes
@@ -73,12 +73,81 @@ def test_clinics_that_fail_half_of_the_rounds_cost_rounds_and_nothing_else(tmp_p
     assert 0 < after.updates < 20
 
 
-def test_too_few_clinics_online_is_waited_for_until_the_deadline_and_no_longer(tmp_path: Path, tiny: Path) -> None:
+def test_too_few_clinics_online_are_waited_for_as_long_as_the_setting_says(tmp_path: Path, tiny: Path) -> None:
     grid = FakeGrid({1: honest(), 2: honest(), 3: honest()})
     grid.online = {1}
-    after = run(tmp_path, tiny, grid, num_server_rounds=1, round_deadline=30.0)
+    after = run(tmp_path, tiny, grid, num_server_rounds=1, wait_hours=30 / 3600)
     assert not after.changed and after.seconds <= 31
     assert kinds(tmp_path, "not-released")
+
+
+def test_a_night_in_which_clinics_are_off_costs_no_round_and_leaves_them_their_time(tmp_path: Path, tiny: Path) -> None:
+    clock, evening = Clock(), 5 * 3600.0
+    grid = FakeGrid({node: honest() for node in (1, 2, 3)})
+    grid.online = {1}
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        grid.online = {1} if clock() < evening else {1, 2, 3}
+
+    chosen = fakes.settings(tmp_path / "rounds", tiny, num_server_rounds=1, round_deadline=60.0, wait_hours=72.0)
+    after = rounds.federate(grid, chosen, sleep=sleep, clock=clock)
+    assert after.changed and len(after.accepted) == 3
+    (told,) = kinds(tmp_path, "waiting")
+    assert told["clinics"] == ["clinic-1"] and told["seconds"] == 72 * 3600
+
+
+def test_rounds_of_which_none_can_be_read_are_not_begun_anew(tmp_path: Path, tiny: Path) -> None:
+    clinics = {node: honest(0.01) for node in (1, 2, 3)}
+    run(tmp_path, tiny, FakeGrid(clinics), num_server_rounds=6)
+    folders = sorted((tmp_path / "rounds").glob("round-*"))
+    kept = [(folder / store.MANIFEST).read_bytes() for folder in folders]
+    for folder in folders:
+        (folder / store.MANIFEST).write_bytes(b"{}")
+    with pytest.raises(store.CheckpointDamaged, match=r"none of them can be read .* Put a copy back"):
+        run(tmp_path, tiny, FakeGrid(clinics), num_server_rounds=7)
+    assert sorted((tmp_path / "rounds").glob("round-*")) == folders
+    (folders[-1] / store.MANIFEST).write_bytes(kept[-1])
+    assert run(tmp_path, tiny, FakeGrid(clinics), num_server_rounds=7).updates == 7
+
+
+def test_a_clinic_weighs_as_many_patients_as_it_has_however_much_it_asks_about_each(tmp_path: Path, tiny: Path) -> None:
+    def asks(number: int) -> fakes.Clinic:
+        def answer(node: int, message: Message) -> RecordDict:
+            arrays, which = fakes.moved(message, 0.01), fakes.asked(message)[0]
+            return fakes.reply(arrays, which, 60 * number, **{"num-cases": 60})
+
+        return answer
+
+    after = run(tmp_path, tiny, FakeGrid({1: asks(12), 2: asks(12), 3: asks(3)}), num_server_rounds=1)
+    assert [(row.weight, row.cases, row.examples) for row in after.accepted] == [
+        (pytest.approx(1 / 3), 60, count) for count in (720, 720, 180)
+    ]
+
+
+def test_what_16_bits_cost_is_recorded_beside_the_error(tmp_path: Path, tiny: Path) -> None:
+    after = run(tmp_path, tiny, FakeGrid({n: honest(0.01 + n * 1e-5) for n in (1, 2, 3)}), num_server_rounds=1)
+    exact, sent = after.state, wire.rounded(after.state)
+    pairs = [(exact[b] @ exact[a], sent[b] @ sent[a]) for b, a in aggregate.layers(exact)]
+    apart = np.sqrt(sum(float(np.square(one - other).sum()) for one, other in pairs))
+    assert after.quality["rounding"] == pytest.approx(after.spec.alpha / after.spec.rank * apart, rel=1e-3)
+    assert after.quality["error"] < after.quality["rounding"] < 0.01 * after.quality["ideal"]
+
+
+def test_rounds_of_long_ago_are_kept_in_short(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "WHOLE", 3)
+    after = run(tmp_path, tiny, FakeGrid({n: honest(0.001) for n in (1, 2, 3)}), num_server_rounds=5, gate="off")
+    first, *_, last = after.history
+    assert first == {
+        "round": 1,
+        "changed": True,
+        "accepted": [{"clinic": f"clinic-{n}"} for n in (1, 2, 3)],
+        "rejected": [],
+    }
+    assert [len(row) > 4 for row in after.history] == [False, False, True, True, True]
+    assert last["accepted"][0]["metrics"]
+    kept, _ = store.latest(tmp_path / "rounds")
+    assert kept is not None and kept.history == after.history
 
 
 def test_a_clinic_that_was_away_comes_back_into_the_current_round(tmp_path: Path, tiny: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_second_reply_and_a_stranger_do_not_count() -> None:
 
 
 def _update(node: int, array: np.ndarray, examples: int) -> Update:
-    return Update(node, f"clinic-{node}", {"w": array}, examples, 0.0, array.nbytes, {})
+    return Update(node, f"clinic-{node}", {"w": array}, examples, examples, 0.0, array.nbytes, {})
 
 
 @settings(max_examples=60, deadline=None)
@@ -253,7 +253,8 @@ def test_one_reply_moves_the_mean_by_at_most_its_share_of_the_cap() -> None:
     still = {n: a for n, a in before.state.items() if adapters.factor(n) == "B"}
     size = sum(a.size for a in still.values())
     loud = {n: a + np.float32(cap / np.sqrt(size)) for n, a in still.items()}
-    replies = [Update(0, "x", loud, 10, cap, 0, {})] + [Update(i, "y", still, 10, 0.0, 0, {}) for i in range(1, count)]
+    others = [Update(i, "y", still, 10, 10, 0.0, 0, {}) for i in range(1, count)]
+    replies = [Update(0, "x", loud, 10, 10, cap, 0, {}), *others]
     mean = aggregate(replies, {}).state
     moved = np.sqrt(sum(((mean[n] - still[n]) ** 2).sum() for n in still))
     assert moved == pytest.approx(cap / count, rel=1e-5)
