@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FILE = Path("privacy") / "sealed.json"
 SHARE = 0.1  # of the pictures
 MIN_PICTURES = 20  # below it a clinic needs every sample for training, and a tenth would say nothing
+_ENOUGH = round(MIN_PICTURES * (1 - 2 * SHARE))  # of them trained on: sealing had begun, where no entry says whether
 MAX_ROWS = 400  # questions of an examination; the rest of a larger set is left out, the same ones each time
 
 
@@ -161,7 +162,8 @@ def _read(home: Path) -> Seal:
     path = home / FILE
     try:
         found = json.loads(read_plain(path.parent.resolve() / path.name, ledger.MAX_BYTES))
-        return Seal(bytes.fromhex(found["key"]), frozenset(map(str, found["trained"])), found.get("begun") is True)
+        key, trained = bytes.fromhex(found["key"]), frozenset(map(str, found["trained"]))
+        return Seal(key, trained, found["begun"] is True if "begun" in found else len(trained) >= _ENOUGH)
     except FileNotFoundError:
         return Seal(secrets.token_bytes(32), frozenset())
     except PermissionError as error:

@@ -127,8 +127,8 @@ def _learn(
     before = batches.probe()
     losses = run(private, optimizer, steps, how.mu, deadline, _wait(how), how.progress)
     try:
-        if losses and how.courtesy and how.courtesy.over:
-            raise TimeOver
+        if how.courtesy and how.courtesy.over:
+            raise TimeOver("the time for training ran out")
         after = batches.probe()
     except TimeOver:  # what was learnt in time still counts
         if not losses:

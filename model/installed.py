@@ -22,7 +22,6 @@ from model.files import read_plain, sync_folder, write_atomic
 
 POINTER = "current.json"
 _MAX_POINTER = 1 << 16  # bytes
-MAX_RELEASE = 2 << 20  # characters of a release.json, which names every clinic that contributed
 MAX_ROUND = 10**9
 _NAME = re.compile(r"round-\d{1,18}-[0-9a-f]{12}")  # the round, and how the adapter's hash begins
 _ENTRIES = {

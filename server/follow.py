@@ -3,6 +3,7 @@
 The run is the server's: whoever follows it may leave. Not here: what the run does (`server.rounds`).
 """
 
+import datetime
 import json
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import click
 from server import events, runs
 from server.alone import alone
 from server.link import Link, LinkError
+
+LONG = 7200  # seconds of waiting from which the hour of its end is said instead
 
 
 def follow(link: Link, root: Path, config: dict[str, Any], as_json: bool) -> None:
@@ -82,5 +85,9 @@ def sentence(event: dict[str, Any]) -> str:
 def waiting(event: dict[str, Any]) -> str:
     """Whom a round waits for before it asks anybody."""
     here = ", ".join(event["clinics"]) or "nobody"
-    left = f"{event['seconds'] / 3600:.0f} h" if event["seconds"] >= 7200 else f"{event['seconds']} s"
-    return f"Waiting for clinics: {event['needed']} are needed, {here} is there; for at most {left} more."
+    if event["seconds"] >= LONG and "at" in event:  # an age that is true as long as the sentence stands there
+        end = datetime.datetime.fromisoformat(event["at"]) + datetime.timedelta(seconds=event["seconds"])
+        left = f"until {end.astimezone():%a %d %b %H:%M}"
+    else:
+        left = f"for at most {event['seconds']} s more"
+    return f"Waiting for clinics: {event['needed']} are needed, {here} is there; {left}."

@@ -41,7 +41,7 @@ def invite(
     Makes the clinic's key where there is none yet. `server` is "HOST:PORT" as the clinic reaches it, `base` the
     federation's base model (default: the reference model). What the rounds will ask is written down, so that a clinic
     can hold it against its limits: the settings of the last round, else the defaults, and before them `chosen`.
-    Raises InviteError, CertsError, CheckpointDamaged.
+    Raises InviteError, CertsError, CheckpointDamaged, SettingsRejected.
     """
     if out.exists():
         raise InviteError(f"{out} exists and was left as it is; remove it or choose another name.")
@@ -69,6 +69,7 @@ def _plan(root: Path, chosen: Mapping[str, Any]) -> dict[str, Any]:
 
     known = {name: default for name, (default, _) in settings.names().items()}
     found = {**known, **runs.settings_so_far(root)[1], **chosen}
+    settings.read({**found, "checkpoint-dir": str(root)})
     return {name: found[name] for name in PLAN}
 
 

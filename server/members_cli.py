@@ -37,7 +37,7 @@ _STATE = click.option("--state", type=click.Path(path_type=Path), default=Path("
     "values",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What rounds will ask, where not as in the last one; the clinic is told if its limits are narrower.",
+    help="What rounds will ask, where not as in the last one of STATE/rounds; a clinic with narrower limits is told.",
 )
 @_CERTS
 @_STATE

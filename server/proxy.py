@@ -44,8 +44,9 @@ MAX_BODY = 8 << 20  # bytes of one call, held in memory until it is whole; array
 MAX_ANNOUNCED = 256 << 10  # bytes of an announced reply: 3,800 parts, 480 MB in such chunks, seconds of the database
 BUSY = (1.0, 2.0, 4.0)  # seconds between repeats while the SuperLink's database is locked, which it answers with 500
 BODY_SECONDS = 60.0  # longest wait for the next piece each way: a clinic's line may be slow, not silent
-CALLS_AT_ONCE = 64  # the others wait: with MAX_BODY half a gigabyte at the very worst
-CONNECTIONS = 4096  # open at once, most of them idle: every clinic's client keeps one
+LARGE_AT_ONCE = 64  # calls with more than MAX_ANNOUNCED bytes; with MAX_BODY half a gigabyte at the very worst
+CONNECTIONS = 1024  # open at once, most of them idle: every clinic's client keeps one
+BODY_MINUTES = 10  # longest time for a whole body: 8 MiB at 256 kbit/s take half of it
 _HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
@@ -83,8 +84,8 @@ class FleetProxy:
         self.heard = heard
         self.announcing = asyncio.Lock()  # one announcement at a time: each is one long transaction
         context = ssl.create_default_context(cafile=str(ca))
-        self.turn = asyncio.Semaphore(CALLS_AT_ONCE)
-        limits = httpx.Limits(max_connections=CALLS_AT_ONCE, max_keepalive_connections=32)
+        self.turn = asyncio.Semaphore(LARGE_AT_ONCE)
+        limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=32)
         timeout = httpx.Timeout(300.0, connect=10.0)
         self.client = httpx.AsyncClient(verify=context, limits=limits, timeout=timeout, trust_env=False)
 
@@ -116,15 +117,17 @@ class FleetProxy:
         if self.guard and (refused := self.guard.refusal(scope["headers"])):
             return await _answer(send, *refused)
         headers = [(key, value) for key, value in scope["headers"] if key.lower() not in _NOT_SENT]
-        declared, most = dict(scope["headers"]).get(b"content-length", b"0"), _most(known)
+        most = _most(known)
+        declared = dict(scope["headers"]).get(b"content-length", str(most).encode())
         if not declared.isdigit() or int(declared) > most:
             return await _answer(send, 413, "The body is too large.")
-        async with self.turn:
+        async with self.turn if int(declared) > MAX_ANNOUNCED else contextlib.nullcontext():
             try:
-                body = b"".join([piece async for piece in _pieces(receive, most)])
+                async with asyncio.timeout(60 * BODY_MINUTES):
+                    body = b"".join([piece async for piece in _pieces(receive, int(declared))])
             except _TooLarge:
                 return await _answer(send, 413, "The body is too large.")
-            except _Gone:
+            except (_Gone, TimeoutError):
                 return await _answer(send, 408, "The body did not arrive.")
             await self._forward(known, headers, body, send)
 

@@ -139,7 +139,7 @@ class Federation:
         self._collect(gate, asked_at)
         for late in gate.silent(self.silence):
             self.events.add("rejected", round=number, clinic=late.clinic, reason=late.reason)
-        after = self._conclude(gate, before, start)
+        after = self._conclude(gate, before, asked_at)
         store.save(self.root, after)
         spool.clear()
         row = store.summary(after)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, RecordDict
 
-from client import app, courtesy, limits, sealed, trainer
-from model import adapters, installed, phantoms, wire
+from client import app, courtesy, limits, received, sealed, trainer
+from model import adapters, phantoms, wire
 from server import release, rounds
 from tests.client.clinic import fill, request
 from tests.server import fakes
@@ -189,7 +189,7 @@ def test_a_release_that_is_not_sound_is_refused_and_the_old_one_stays(tmp_path: 
         "for the base": ("config", "base-sha256", "0" * 64),
         "readable": ("config", "evidence", "{"),
         "no record": ("config", "evidence", "[" * 50_000),
-        "at most": ("config", "evidence", '{"round": 3, "a": "' + "x" * installed.MAX_RELEASE + '"}'),
+        "at most": ("config", "evidence", '{"round": 3, "a": "' + "x" * received.MAX_EVIDENCE + '"}'),
         "round of a release": ("config", "evidence", '{"round": 1000000000000000000}'),
         "finite": ("arrays", name, Array(np.full_like(array, np.inf))),
         "shape": ("arrays", name, Array(array[:1])),

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from client import trainer
-from client.courtesy import Courtesy, TimeOver, between_layers
+from client.courtesy import LOOK, Courtesy, TimeOver, between_layers
+from client.steps import Gradient
 from kiosk.busy import Inbox
 from model import adapters, phantoms
 from tests.conftest import REPOSITORY
@@ -141,7 +142,9 @@ def test_waiting_ends_with_the_time_for_training(afya_home: Path) -> None:
     watch.pause()  # told once; what is left to do is done
 
 
-def test_the_deadline_holds_within_a_step_though_nobody_asks(afya_home: Path, tiny: Path) -> None:
+def test_the_deadline_holds_within_a_step_though_nobody_asks(
+    afya_home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     watch = Courtesy(afya_home, clock=lambda: now[0])
     watch.deadline = 5.0
@@ -158,6 +161,16 @@ def test_the_deadline_holds_within_a_step_though_nobody_asks(afya_home: Path, ti
 
     done = trainer.train(samples, tiny, start, steps=50, courtesy=watch, progress=late)
     assert done.steps == 3 and done.loss_after == done.losses[-1]
+    watch = Courtesy(afya_home)
+
+    def late_at_once(self: Gradient) -> float:
+        watch.deadline = 0.0
+        time.sleep(2 * LOOK)
+        return self.of([[0]])
+
+    monkeypatch.setattr(Gradient, "step", late_at_once)
+    with pytest.raises(TimeOver):  # within the first step: nothing was learnt, and nothing more is computed
+        trainer.train(samples, tiny, start, steps=50, courtesy=watch)
 
 
 def test_the_priority_only_goes_down() -> None:

@@ -17,6 +17,7 @@ from server import certs, link
 from server import checkpoint as store
 from server import invite as invitations
 from server.cli import main as server_main
+from server.settings import SettingsRejected
 from tests.client.clinic import fill
 from tests.server import fakes
 
@@ -159,6 +160,8 @@ def test_a_plan_is_what_the_last_round_asked_or_what_the_coordinator_says(
     limits_ = next(check for check in doctor.examine(afya_home, None) if check.name == "limits")
     assert limits_.note and "local-steps" not in limits_.detail
     assert "targets decoder+projector (here not decoder)" in limits_.detail
+    with pytest.raises(SettingsRejected, match="rank = -5"):
+        invite(tmp_path, "hilltop", tiny, chosen={"rank": -5})
     told = invite(tmp_path, "hilltop", tiny, chosen={"local-steps": 99})
     assert json.loads(told.read_bytes())["plan"]["local-steps"] == 99
 

@@ -1,5 +1,6 @@
 """The sealed set of a clinic: never trained on, chosen by the clinic's own key, and closed once it has begun."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,21 @@ def test_a_small_sealed_set_gives_no_counts_and_a_damaged_seal_trains_nothing(af
     for call in (sealed.open_to_training, sealed.sealed):
         with pytest.raises(limits.Refused, match="damaged"):
             call(afya_home, samples(100))
+
+
+def test_a_seal_of_the_version_before_that_had_begun_stays_closed(afya_home: Path) -> None:
+    many = samples(200)
+    opened(afya_home, many)
+    closed = groups(sealed.sealed(afya_home, many))
+    record = json.loads((afya_home / sealed.FILE).read_bytes())
+    del record["begun"]
+    (afya_home / sealed.FILE).write_text(json.dumps(record))
+    few = [row for row in many if row.group in closed][:18]
+    assert opened(afya_home, few) == set()
+
+
+def test_a_seal_of_the_version_before_that_had_not_begun_begins_with_enough_pictures(afya_home: Path) -> None:
+    (afya_home / "privacy").mkdir(mode=0o700)
+    (afya_home / sealed.FILE).write_text(json.dumps({"key": "11" * 32, "trained": []}))
+    assert opened(afya_home, samples(10)) == groups(samples(10))
+    assert groups(sealed.sealed(afya_home, samples(400)))

@@ -132,7 +132,7 @@ def test_an_adapter_is_used_from_the_next_question_and_a_refused_one_is_told(
         pointer = home / "adapters" / "current.json"
         if not pointer.exists():
             return None
-        return verified.Verified(home / "adapters" / json.loads(pointer.read_text())["name"], None)
+        return verified.Verified(home / "adapters" / json.loads(pointer.read_text())["name"], None, "0" * 64, None)
 
     monkeypatch.setattr(verified, "take", take)
     engine = Engine(store, afya_home, settings, BrightnessBackend)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def test_a_fleet_call_passes_unchanged(tmp_path: Path) -> None:
 def test_many_clinics_keep_their_connections_and_only_some_calls_at_a_time_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "CALLS_AT_ONCE", 8)
+    monkeypatch.setattr(proxy, "LARGE_AT_ONCE", 8)
+    monkeypatch.setattr(proxy, "MAX_ANNOUNCED", 0)
 
     async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
         context = client._transport._pool._ssl_context  # type: ignore[attr-defined]
@@ -173,6 +175,31 @@ def test_an_announcement_of_very_many_parts_is_refused(tmp_path: Path) -> None:
         with contextlib.suppress(httpx.TransportError):
             assert (await client.post(url, content=bytes(proxy.MAX_ANNOUNCED + 1))).status_code == 413
         assert len(upstream.seen) == 1
+
+    through(tmp_path, talk)
+
+
+def test_a_body_that_trickles_is_given_up_and_hinders_no_small_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "LARGE_AT_ONCE", 1)
+    monkeypatch.setattr(proxy, "BODY_MINUTES", 1 / 60)
+
+    async def trickle() -> Any:
+        for _ in range(100):
+            yield b"x"
+            await asyncio.sleep(0.1)
+
+    async def talk(client: httpx.AsyncClient, base: str, upstream: Upstream) -> None:
+        headers = {"content-length": str(proxy.MAX_ANNOUNCED + 1)}
+        slow = asyncio.create_task(client.post(f"{base}/v1/fleet/push-object", content=trickle(), headers=headers))
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        assert (await client.post(f"{base}/v1/fleet/send-node-heartbeat", content=b"x")).status_code == 200
+        assert time.monotonic() - began < 0.6 and not slow.done()
+        with contextlib.suppress(httpx.TransportError):
+            assert (await slow).status_code == 408
+        assert [path for path, _, _ in upstream.seen] == ["/v1/fleet/send-node-heartbeat"]
 
     through(tmp_path, talk)
 

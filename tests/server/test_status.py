@@ -1,6 +1,7 @@
 """What `afya-server status` and the page say: from real events, from none, and from events that are damaged."""
 
 import contextlib
+import datetime
 import json
 import os
 import socket
@@ -244,5 +245,8 @@ def test_whom_a_round_waits_for_is_shown_until_it_begins(tmp_path: Path) -> None
     log.add("waiting", clinics=["north"], needed=2, seconds=25)
     told = "Waiting for clinics: 2 are needed, north is there; for at most 25 s more."
     assert status.read(tmp_path).waiting == told and told in status_cli.text(status.read(tmp_path))
+    log.add("waiting", clinics=["north"], needed=2, seconds=72 * 3600)
+    end = datetime.datetime.now() + datetime.timedelta(hours=72)
+    assert f"north is there; until {end:%a %d %b %H:}" in status.read(tmp_path).waiting
     log.add("round", round=1, factor="B", clinics=["north", "south"])
     assert status.read(tmp_path).waiting == ""
