@@ -70,7 +70,8 @@ def sentence(event: dict[str, Any]) -> str:
         return waiting(event)
     if kind == "accepted":
         loss = f"loss {event.get('loss-before', 0):.3f} -> {event.get('loss-after', 0):.3f}"
-        return f"  {event['clinic']}: {event['examples']} samples, {loss}, {event.get('seconds', 0):.0f} s"
+        whom = f"{event['examples']} samples of {event.get('cases', 0)} patients"
+        return f"  {event['clinic']}: {whom}, {loss}, {event.get('seconds', 0):.0f} s"
     if kind in ("rejected", "set-aside", "not-installed", "not-examined"):
         return f"  {event['clinic']}: {kind}, {event.get('reason') or event.get('detail')}"
     if kind == "round-done":

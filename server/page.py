@@ -80,6 +80,7 @@ def _clinic_row(clinic: Clinic) -> dict[str, Any]:
         "accepted": clinic.accepted,
         "rejected": clinic.rejected,
         "samples": clinic.examples,
+        "patients": clinic.cases,
         "MB sent": round(clinic.bytes_up / 1e6, 2),
         "seconds training": round(clinic.seconds),
         "right % (sealed set)": last.get("candidate"),

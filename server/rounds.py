@@ -180,7 +180,7 @@ class Federation:
             if isinstance(got, Rejection):
                 self.events.add("rejected", round=ask.round, clinic=got.clinic, reason=got.reason)
             elif isinstance(got, Update):
-                own = {"round": ask.round, "clinic": got.clinic, "examples": got.examples}
+                own = {"round": ask.round, "clinic": got.clinic, "examples": got.examples, "cases": got.cases}
                 own |= {"norm": round(got.norm, 4), "bytes": got.bytes}
                 self.events.add("accepted", **{**got.metrics, **own})  # a metric's name is the clinic's choice
 

@@ -31,6 +31,7 @@ class Clinic:
     bytes_up: int = 0
     seconds: float = 0.0  # in all, as the clinic measured its training
     examples: int = 0  # in its last accepted reply
+    cases: int = 0  # likewise: patients, or pictures where patients are not known
     loss_before: float | None = None
     loss_after: float | None = None
     installed: str = ""  # what it said when a release was brought to it
@@ -178,7 +179,7 @@ class _Reader:
         clinic.accepted += 1
         clinic.bytes_up += int(event.get("bytes", 0))
         clinic.seconds += float(event.get("seconds", 0.0))
-        clinic.examples = int(event.get("examples", 0))
+        clinic.examples, clinic.cases = int(event.get("examples", 0)), int(event.get("cases", 0))
         clinic.loss_before, clinic.loss_after = event.get("loss-before"), event.get("loss-after")
         self.accepted.append(event)
         self._seen([event["clinic"]], event)

@@ -35,7 +35,15 @@ def state(tmp_path: Path) -> Path:
     log = events.Events(folder / "rounds")
     log.add("started", base_sha256="0" * 64, arrays=4, bytes=100)
     log.add("round", round=1, factor="B", clinics=["harbour", "hilltop", "lakeside"])
-    values = {"examples": 40, "norm": 0.1, "bytes": 500_000, "seconds": 30.0, "loss-before": 2.0, "loss-after": 1.0}
+    values = {
+        "examples": 40,
+        "cases": 30,
+        "norm": 0.1,
+        "bytes": 500_000,
+        "seconds": 30.0,
+        "loss-before": 2.0,
+        "loss-after": 1.0,
+    }
     log.add("accepted", round=1, clinic="lakeside", **values)
     log.add("accepted", round=1, clinic="hilltop", **{**values, "examples": 120, "loss-after": 0.6})
     log.add("rejected", round=1, clinic="harbour", reason="lora_B is not finite [x](http://evil.example) <b>")
@@ -59,7 +67,14 @@ def test_everything_is_counted_once(state: Path) -> None:
     clinics = {clinic.name: clinic for clinic in found.clinics}
     assert set(clinics) == {"lakeside", "hilltop", "harbour", "gone"}
     lake = clinics["lakeside"]
-    assert (lake.accepted, lake.rejected, lake.bytes_up, lake.examples, lake.registered) == (1, 0, 500_000, 40, True)
+    assert (lake.accepted, lake.rejected, lake.bytes_up, lake.examples, lake.cases, lake.registered) == (
+        1,
+        0,
+        500_000,
+        40,
+        30,
+        True,
+    )
     assert lake.accuracy == [{"round": 2, "rows": 50, "installed": 40.0, "candidate": 70.0}]
     assert lake.installed == "round-0002-abc" and lake.last_seen > clinics["harbour"].last_seen
     assert clinics["gone"].revoked.startswith("2026-11-02") and not clinics["gone"].registered
