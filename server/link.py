@@ -199,13 +199,15 @@ async def _serve(
     link: Link, listen: tuple[str, int], child: "subprocess.Popen[bytes]", say: Callable[[str], None]
 ) -> None:
     """The proxy, until it is told to stop or the SuperLink has ended."""
+    from server.again import Again
     from server.contacts import Contacts
     from server.guard import Guard
     from server.proxy import FleetProxy, server
 
     limit = quota.Quota(link.state, link.an_hour, say, lambda key: _clinic(link, key) or "A clinic")
     heard = Contacts(link.state, lambda key: _clinic(link, key)).heard
-    proxy = FleetProxy(f"https://{link.address}", link.certs / "ca.crt", Guard(link.state), limit, heard)
+    upstream, ca = f"https://{link.address}", link.certs / "ca.crt"
+    proxy = FleetProxy(upstream, ca, Guard(link.state), limit, heard, Again(link.state))
     web = server(proxy, *listen, link.certs / "server.pem", link.certs / "server.key")
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(web, "should_exit", True))

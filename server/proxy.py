@@ -69,7 +69,7 @@ class FleetProxy:
     """An ASGI application that forwards the Fleet calls to `upstream`, for example https://127.0.0.1:8000.
 
     `guard` refuses revoked keys and signatures that were used before, `quota` more than a clinic may send; `heard` is
-    told the key of every call that the SuperLink has accepted.
+    told the key of every call that the SuperLink has accepted, and `again` gives answers that were lost once more.
     """
 
     def __init__(
@@ -79,8 +79,9 @@ class FleetProxy:
         guard: Guard | None = None,
         quota: Quota | None = None,
         heard: Callable[[bytes], None] = lambda _: None,
+        again: Again | None = None,
     ) -> None:
-        self.upstream, self.guard, self.quota, self.again = upstream.rstrip("/"), guard, quota, Again()
+        self.upstream, self.guard, self.quota, self.again = upstream.rstrip("/"), guard, quota, again or Again()
         self.heard = heard
         self.announcing = asyncio.Lock()  # one announcement at a time: each is one long transaction
         context = ssl.create_default_context(cafile=str(ca))

@@ -34,6 +34,20 @@ def test_a_node_that_is_there_already_gets_its_number_again_and_a_stranger_does_
     assert memory.settle(f"{FLEET}activate-node", OTHER, b"", (412, [], b"no"))[0] == 412
 
 
+def test_a_restart_of_the_server_still_knows_who_is_there(tmp_path: Path) -> None:
+    call = f"{FLEET}activate-node"
+    for number in (6, 7):
+        Again(tmp_path).settle(call, KEY, b"", ok(b"number %d \xff" % number))
+    Again(tmp_path).settle(call, OTHER, b"", ok(b"number 8"))
+    memory = Again(tmp_path)
+    assert memory.settle(call, KEY, b"", (412, [], b"no")) == ok(b"number 7 \xff")
+    assert memory.settle(call, OTHER, b"", (412, [], b"no")) == ok(b"number 8")
+    assert memory.settle(call, b"a stranger", b"", (412, [], b"no"))[0] == 412
+    for text in ("", "[]", "{", '{"a": 1}', '{"a": ["no base64"]}', '{"a": [[1, 2], "eA=="]}', "[" * 60_000):
+        (tmp_path / again.FILE).write_text(text)
+        assert Again(tmp_path).settle(call, KEY, b"", (412, [], b"no"))[0] == 412
+
+
 def test_a_message_is_handed_out_until_it_is_confirmed() -> None:
     memory = Again()
     assert settle(memory, "pull-messages", b"train!") == b"train!"
