@@ -22,7 +22,7 @@ from model.files import read_plain, sync_folder, write_atomic
 
 POINTER = "current.json"
 _MAX_POINTER = 1 << 16  # bytes
-MAX_ROUND = 10**9
+MAX_ROUND = 10**9  # beyond it a number of a round is no number of a round
 _NAME = re.compile(r"round-\d{1,18}-[0-9a-f]{12}")  # the round, and how the adapter's hash begins
 _ENTRIES = {
     "name": _NAME.pattern,

@@ -247,5 +247,5 @@ def asked(ask: Ask, settings: Settings) -> dict[str, str | int | float]:
 
 
 def federate(grid: Grid, settings: Settings, **options: Any) -> RoundCheckpoint:
-    """Run or resume a federation; returns the last checkpoint. Raises SettingsRejected."""
+    """Run or resume a federation; returns the last checkpoint. Raises SettingsRejected, CheckpointDamaged."""
     return Federation(grid, settings, **options).run()

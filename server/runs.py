@@ -66,7 +66,10 @@ def _toml(value: Any) -> str:
 
 
 def settings_so_far(root: Path) -> tuple[int, dict[str, Any]]:
-    """Number and settings of the last round in `root`, as run configuration; 0 and none where there is no round."""
+    """Number and settings of the last round in `root`, as run configuration; 0 and none where there is no round.
+
+    Raises CheckpointDamaged where there are rounds and none can be read.
+    """
     last, _ = store.latest(root)
     if last is None:
         return 0, {}

@@ -167,13 +167,14 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:REASON_LENGTH]
 
 
-def shares(cases: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
-    """Share of each clinic in the mean: its patients, at most `cap` times the lower median, divided by the sum.
+def shares(counts: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
+    """Share of each clinic in the mean: its count, at most `cap` times the lower median, divided by the sum.
 
-    The lower one: of two clinics the median is their mean, twice of which bounds neither.
+    A round counts patients, an examination (`server.candidate`) questions. The lower median, because that of two clinics
+    is their mean, twice of which bounds neither.
     """
-    limit = cap * float(sorted(cases)[(len(cases) - 1) // 2])
-    capped = [min(float(n), limit) for n in cases]
+    limit = cap * float(sorted(counts)[(len(counts) - 1) // 2])
+    capped = [min(float(n), limit) for n in counts]
     return [n / sum(capped) for n in capped]
 
 

@@ -82,7 +82,7 @@ def _series(folder: Path) -> str:
 def take(link: Link, root: Path, paths: Sequence[Path]) -> RoundCheckpoint:
     """Conclude the round that was issued last from the rounds' folder `root` with these replies.
 
-    Raises BundleRejected; then nothing has changed.
+    Raises BundleRejected and CheckpointDamaged; then nothing has changed.
     """
     clinics, (now, _) = _clinics(link), store.latest(root)
     number = now.round + 1 if now else 1

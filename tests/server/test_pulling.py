@@ -40,6 +40,22 @@ def test_a_reply_that_hangs_holds_nobody_up() -> None:
     pulls.close()
 
 
+def test_as_many_hang_beside_the_others_as_there_are_places_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulling, "PATIENCE", 0.02)
+    taken = []
+    for hanging in (pulling.WORKERS - 1, pulling.WORKERS):
+        go = threading.Event()
+
+        def pull(message: str, go: threading.Event = go) -> str | None:
+            return None if message.startswith("half") and go.wait(20) else message
+
+        pulls, waiting = Pulls(pull, 1 << 20), [*(f"half {n}" for n in range(hanging)), "one", "two"]
+        taken.append([message for message, _ in pulls.sweep(waiting)])
+        go.set()
+        pulls.close()
+    assert taken == [["one", "two"], []]
+
+
 def test_what_a_pull_raises_is_raised() -> None:
     def pull(message: str) -> None:
         raise KeyError(message)
