@@ -170,8 +170,8 @@ def plain(text: str) -> str:
 def shares(counts: Sequence[int], cap: float = WEIGHT_CAP) -> list[float]:
     """Share of each clinic in the mean: its count, at most `cap` times the lower median, divided by the sum.
 
-    A round counts patients, an examination (`server.candidate`) questions. The lower median, because that of two clinics
-    is their mean, twice of which bounds neither.
+    A round counts patients, an examination (`server.candidate`) questions. The lower median, because that of two
+    clinics is their mean, twice of which bounds neither.
     """
     limit = cap * float(sorted(counts)[(len(counts) - 1) // 2])
     capped = [min(float(n), limit) for n in counts]
